@@ -1,0 +1,150 @@
+"""Pages of handwritten two-digit numbers, and what can be asked about them.
+
+The handwriting is real: the 1,797 digit scans of scikit-learn's ``load_digits`` (8 x 8 pixels, 17 grey levels).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+GRIDS = {
+    count: [(columns, count // columns) for columns in range(1, count + 1) if count % columns == 0]
+    for count in range(1, 7)
+}
+"""Numbers on a page -> its possible (columns, rows): every grid that dynamic tiling can choose with up to six tiles."""
+SINGLE_SIDE = (32, 43)
+"""Shortest and longest side in pixels of a page of one number. A square page above 2 * 32 * 32 pixels would be cut into
+2 x 2 tiles (with tiles of 32 pixels), so these stay below."""
+CELL_SIDE = (36, 60)
+"""Shortest and longest side in pixels of a cell of any other page."""
+STRETCH = 0.04
+"""Most by which width and height differ from a whole number of square cells; tiling still chooses the page's grid."""
+
+HELD_OUT_SHARE = 0.2
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+QUESTIONS: Mapping[str, tuple[str, ...]] = {
+    "single": ("What number is this?", "Read the number.", "Which number is on the page?"),
+    "tile": ("Which number is in tile {k}?", "What does tile {k} show?", "Read tile {k}."),
+    "order": ("What is the {nth} number?", "Read the {nth} number on the page."),
+    "last": ("What is the last number?", "Which number comes last?"),
+    "cell": ("Which number is in row {r}, column {c}?", "Read the number at row {r}, column {c}."),
+    "corner": ("Which number is at the {where}?", "Read the number at the {where}."),
+    "row": ("Read row {r} from left to right.", "Which numbers are in row {r}?"),
+    "column": ("Read column {c} from top to bottom.", "Which numbers are in column {c}?"),
+    "all": ("Read all the numbers in order.", "Which numbers are on the page?"),
+}
+"""Kind of question -> the ways to ask it."""
+KIND_WEIGHTS = {"single": 1, "tile": 3, "order": 2, "last": 1, "cell": 3, "corner": 2, "row": 2, "column": 1, "all": 1}
+
+
+@dataclass(frozen=True)
+class Page:
+    """A grid of numbers, each of two digits, in reading order."""
+
+    columns: int
+    rows: int
+    numbers: tuple[str, ...]
+
+    @property
+    def grid(self) -> list[tuple[str, ...]]:
+        """The numbers row by row."""
+        return [self.numbers[start : start + self.columns] for start in range(0, len(self.numbers), self.columns)]
+
+
+class Scans:
+    """The digit scans of one side of the division.
+
+    Attributes:
+        indices: for each digit, the numbers of its scans in ``load_digits``.
+    """
+
+    def __init__(self, *, held_out: bool) -> None:
+        scans = load_digits()
+        self._ink = (scans.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8], 255 is full ink
+        self.indices: list[np.ndarray] = []
+        for digit in range(10):
+            shuffled = np.random.default_rng(digit).permutation(np.flatnonzero(scans.target == digit))
+            cut = round(len(shuffled) * HELD_OUT_SHARE)
+            self.indices.append(shuffled[:cut] if held_out else shuffled[cut:])
+
+    def draw(self, digit: int, width: int, height: int, rng: np.random.Generator) -> Image.Image:
+        """Return a random scan of ``digit``, scaled to ``width`` x ``height`` pixels, turned and slanted a little."""
+        scan = Image.fromarray(self._ink[rng.choice(self.indices[digit])])
+        angle, slant = rng.uniform(-0.15, 0.15), rng.uniform(-0.2, 0.2)
+        # Maps a pixel of the glyph to a pixel of the scan, centre on centre.
+        across = 8 / width * np.cos(angle), 8 / width * (slant - np.sin(angle))
+        down = 8 / height * np.sin(angle), 8 / height * np.cos(angle)
+        affine = [value for x, y in (across, down) for value in (x, y, 4 - (x * width + y * height) / 2)]
+        return scan.transform((width, height), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
+
+
+def draw_ink(page: Page, scans: Scans, rng: np.random.Generator) -> Image.Image:
+    """Write the page's numbers, each somewhere in its cell; 8-bit grey, 255 is full ink."""
+    single = len(page.numbers) == 1
+    side = rng.integers(*(SINGLE_SIDE if single else CELL_SIDE), endpoint=True)
+    width, height = np.round(side * np.array([page.columns, page.rows]) * rng.uniform(1 - STRETCH, 1 + STRETCH, 2))
+    cell_width, cell_height = width / page.columns, height / page.rows
+    ink = Image.new("L", (int(width), int(height)))
+    for index, number in enumerate(page.numbers):
+        row, column = divmod(index, page.columns)
+        glyph_height = round(cell_height * rng.uniform(0.5, 0.75))
+        glyph_widths = np.round(np.minimum(glyph_height * rng.uniform(0.6, 0.85, 2), 0.46 * cell_width)).astype(int)
+        free_width, free_height = cell_width - glyph_widths.sum(), cell_height - glyph_height
+        left = column * cell_width + free_width * rng.uniform(0.1, 0.9)
+        top = row * cell_height + free_height * rng.uniform(0.1, 0.9, 2)  # digits of one number are not quite level
+        top[1] = top[0] + 0.15 * (top[1] - top[0])
+        for digit, glyph_width, glyph_top in zip(number, glyph_widths, top, strict=True):
+            glyph = scans.draw(int(digit), int(glyph_width), glyph_height, rng)
+            ink.paste(255, (round(left), round(glyph_top)), glyph)
+            left += glyph_width
+    return ink
+
+
+def draw_page(page: Page, scans: Scans, rng: np.random.Generator) -> Image.Image:
+    """Draw the page with a pen and on paper of random colours; RGB."""
+    share = np.asarray(draw_ink(page, scans, rng), np.float32)[..., None] / 255  # [H, W, 1]
+    paper, pen = rng.uniform(170, 255, 3), rng.uniform(0, 90, 3)
+    return Image.fromarray(np.round(paper * (1 - share) + pen * share).astype(np.uint8))
+
+
+def questions_about(page: Page) -> dict[str, list[tuple[dict[str, str], str]]]:
+    """Return everything that can be asked: kind -> (fields of the question's text, answer)."""
+    if len(page.numbers) == 1:
+        return {"single": [({}, page.numbers[0])]}
+    grid, numbers = page.grid, page.numbers
+    ends = {"left": 0, "right": -1}
+    if page.rows == 1:
+        corners = [({"where": f"{side} end"}, numbers[end]) for side, end in ends.items()]
+    elif page.columns == 1:
+        corners = [({"where": where}, numbers[end]) for where, end in (("top", 0), ("bottom", -1))]
+    else:
+        corners = [
+            ({"where": f"{height} {side}"}, grid[row][end])
+            for height, row in (("top", 0), ("bottom", -1))
+            for side, end in ends.items()
+        ]
+    return {
+        "tile": [({"k": str(index)}, number) for index, number in enumerate(numbers, 1)],
+        "order": [({"nth": nth}, number) for nth, number in zip(ORDINALS, numbers, strict=False)],
+        "last": [({}, numbers[-1])],
+        "cell": [
+            ({"r": str(r), "c": str(c)}, number) for r, row in enumerate(grid, 1) for c, number in enumerate(row, 1)
+        ],
+        "corner": corners,
+        "row": [({"r": str(r)}, " ".join(row)) for r, row in enumerate(grid, 1)],
+        "column": [({"c": str(c)}, " ".join(column)) for c, column in enumerate(zip(*grid, strict=True), 1)],
+        "all": [({}, " ".join(numbers))],
+    }
+
+
+def draw_question(page: Page, rng: np.random.Generator) -> tuple[str, str, str]:
+    """Return the kind, the text and the answer of a random question about ``page``."""
+    possible = questions_about(page)
+    weights = np.array([KIND_WEIGHTS[kind] for kind in possible], float)
+    kind = str(rng.choice(list(possible), p=weights / weights.sum()))
+    fields, answer = possible[kind][rng.integers(len(possible[kind]))]
+    text = QUESTIONS[kind][rng.integers(len(QUESTIONS[kind]))]
+    return kind, text.format(**fields), answer

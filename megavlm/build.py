@@ -1,0 +1,94 @@
+"""Puts a recipe's parts together: tokenizer, engine, this rank's share of the model.
+
+Training, evaluation and generation all start here, so that they cannot disagree on what a recipe means.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from megavlm.data import SampleProcessor
+from megavlm.data.tokenizers import Tokenizer
+from megavlm.engines import MegatronEngine, Stage
+from megavlm.models.vlm import VLM, model_vocab_size
+from megavlm.recipe import Recipe
+from megavlm.runtime.layout import check_parallel_config
+from megavlm.runtime.seed import set_seed
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run works with, on this rank."""
+
+    recipe: Recipe
+    tokenizer: Tokenizer
+    processor: SampleProcessor
+    engine: MegatronEngine
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the model, padding not counted."""
+        return model_vocab_size(self.recipe.model.language, self.tokenizer.vocab_size)
+
+    @property
+    def pad_multiple(self) -> int:
+        """Rows of a batch are padded to a multiple of this, so that sequence parallelism can split them."""
+        engine = self.recipe.engine
+        return engine.tensor_model_parallel_size if engine.sequence_parallel else 1
+
+    def build_chunk(self, stage: Stage) -> VLM:
+        """Make the model chunk of one place in the pipeline; its weights hold nothing yet."""
+        return VLM(
+            self.recipe.model,
+            self.recipe.engine.megatron_settings(),
+            vocab_size=self.tokenizer.vocab_size,
+            image_token_id=self.tokenizer.image_token_id,
+            pre_process=stage.pre_process,
+            post_process=stage.post_process,
+            vp_stage=stage.vp_stage,
+        )
+
+    def build_chunks(self) -> list[torch.nn.Module]:
+        """Make this rank's model chunks."""
+        return [self.build_chunk(stage) for stage in self.engine.stages()]
+
+
+def check_run(recipe: Recipe, world_size: int) -> None:
+    """Check everything about a run that can be known before it starts.
+
+    Raises:
+        ValueError: the layout, the batch sizes or the vocabulary do not fit, or files are missing. Names each problem.
+    """
+    language = recipe.model.language
+    engine = recipe.engine
+    divisor = language.make_vocab_size_divisible_by
+    pad = engine.tensor_model_parallel_size if engine.sequence_parallel else 1
+    check_parallel_config(
+        engine,
+        language,
+        world_size=world_size,
+        micro_batch_size=recipe.training.micro_batch_size,
+        global_batch_size=recipe.training.global_batch_size,
+        seq_length=-(-recipe.data.seq_length // pad) * pad,
+        padded_vocab_size=divisor,
+    )
+
+
+def build_parts(recipe: Recipe, *, world_size: int) -> Parts:
+    """Check a run, load its tokenizer, make its sample processor and start its engine.
+
+    The default process group must exist (:func:`megavlm.runtime.process.process`).
+    """
+    check_run(recipe, world_size)
+    tokenizer = recipe.tokenizer.build()
+    model_vocab_size(recipe.model.language, tokenizer.vocab_size)
+    engine = MegatronEngine(recipe.engine)
+    engine.start()
+    set_seed(recipe.training.seed)
+    processor = SampleProcessor(
+        recipe.data,
+        tokenizer,
+        tile_size=recipe.model.vision.image_size,
+        tokens_per_tile=recipe.model.tokens_per_tile,
+    )
+    return Parts(recipe, tokenizer, processor, engine)

@@ -1,0 +1,44 @@
+"""Writes files so that they are on the disk, not only in its cache, when the next step relies on them."""
+
+import os
+import shutil
+from pathlib import Path
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file, its folders made if need be, and wait until it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file that at every moment is either the old or the new one."""
+    new = path.with_name(path.name + ".new")
+    write_file(new, data)
+    os.replace(new, path)
+    sync(path.parent)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file's bytes, and wait until they are on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, path)
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of names of a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until the lists of names of a folder and of all folders in it are on the disk."""
+    for parent, _, _ in os.walk(folder):
+        sync(Path(parent))

@@ -1,0 +1,163 @@
+"""The ``megavlm`` command.
+
+Each verb is one function here; a recipe and ``key.path=value`` overrides say the rest. ``--nproc-per-node N`` starts N
+ranks on this machine; under torchrun or srun the verb is one of the ranks.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+from megavlm import __version__
+from megavlm.build import build_parts, check_run
+from megavlm.checkpoint import RunFolder, load_checkpoint
+from megavlm.config import dump_recipe, load_recipe
+from megavlm.evaluation.exact_match import evaluate, write_results
+from megavlm.evaluation.picture import draw_samples
+from megavlm.evaluation.table import print_answers, print_score
+from megavlm.planning.parameters import count_recipe_parameters, print_parameters
+from megavlm.recipe import Recipe
+from megavlm.runtime.log import LOGGER, quiet_third_parties, start_log
+from megavlm.runtime.process import process
+from megavlm.training.loop import train
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; exits with 0, with 1 after an error, or with 2 when the command line is wrong.
+
+    What a user can mend ends in one line; ``MEGAVLM_TRACEBACK=1`` shows where it was raised.
+    """
+    options = _parse(arguments)
+    quiet_third_parties()
+    try:
+        options.run(options)
+    except ValueError as error:
+        if os.environ.get("MEGAVLM_TRACEBACK"):
+            raise
+        sys.exit(f"megavlm {options.verb}: error: {error}")
+    except ChildFailedError as error:
+        sys.exit(max(1, error.get_first_failure()[1].exitcode))  # the ranks have said why
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line. Overrides may stand anywhere after the recipe, between options too."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [text for text in rest if text.startswith("-") or not hasattr(options, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megavlm", description="Trains vision-language models on megatron-core.")
+    parser.add_argument("--version", action="version", version=f"megavlm {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verb = _add_verb(verbs, "train", _train, "run (or resume) one stage of training")
+    _add_recipe(verb)
+    _add_ranks(verb)
+    verb.add_argument("--dry-run", action="store_true", help="check and print the resolved recipe, train nothing")
+
+    verb = _add_verb(verbs, "eval", _eval, "answer the validation questions of a run, and score the answers")
+    verb.add_argument("folder", type=Path, help="run folder with a checkpoint")
+    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the run's recipe")
+    _add_ranks(verb)
+    verb.add_argument("--limit", type=int, help="most questions (default: all)")
+    verb.add_argument("--batch-size", type=int, default=32, help="questions at a time on each rank")
+    verb.add_argument("--max-new-tokens", type=int, default=32, help="most tokens of an answer")
+    verb.add_argument("--show", type=int, default=8, help="questions to print")
+
+    verb = _add_verb(verbs, "plan", _plan, "count a recipe's parameters, without memory for them")
+    _add_recipe(verb)
+    return parser
+
+
+def _add_verb(verbs: argparse._SubParsersAction, name: str, run: object, text: str) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    verb.set_defaults(run=run)
+    return verb
+
+
+def _add_recipe(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", type=Path, help="recipe file")
+    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to it, e.g. training.seed=7")
+
+
+def _add_ranks(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--nproc-per-node", type=int, default=1, metavar="N", help="start N ranks on this machine (default: 1)"
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides, Recipe)
+    if options.dry_run:
+        check_run(recipe, _world_size(options))
+        print(dump_recipe(recipe), end="")
+        return
+    if _must_start_ranks(options):
+        check_run(recipe, options.nproc_per_node)  # one clear error instead of one from each rank
+        _start_ranks(options.nproc_per_node)
+        return
+    with process(timeout_minutes=recipe.engine.distributed_timeout_minutes) as me:
+        start_log(me.rank, recipe.checkpoint.save / "log.txt")
+        train(recipe, me)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    folder = RunFolder(options.folder)
+    newest = folder.newest()
+    if newest is None:
+        raise ValueError(f"folder={options.folder}: holds no checkpoint. Give the run folder of a trained stage.")
+    checkpoint = folder.checkpoint(newest)
+    recipe = load_recipe(checkpoint / "recipe.yaml", options.overrides, Recipe)
+    if _must_start_ranks(options):
+        check_run(recipe, options.nproc_per_node)
+        _start_ranks(options.nproc_per_node)
+        return
+    with process(timeout_minutes=recipe.engine.distributed_timeout_minutes) as me:
+        start_log(me.rank, folder.path / "log.txt")
+        parts = build_parts(recipe, world_size=me.world_size)
+        parts.engine.wrap(parts.build_chunks(), training=False)
+        load_checkpoint(checkpoint, parts.engine, with_optimizer=False)
+        score, answers = evaluate(
+            parts, limit=options.limit, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens
+        )
+        if me.rank == 0:
+            print_answers(answers, most=options.show)
+            print_score(score)
+            results = write_results(folder.path, score, answers)
+            draw_samples(folder.path / "samples.png", answers, parts.processor)
+            LOGGER.info("answers: %s, picture: %s", results, folder.path / "samples.png")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides, Recipe)
+    print_parameters(count_recipe_parameters(recipe))
+
+
+def _world_size(options: argparse.Namespace) -> int:
+    return int(os.environ.get("WORLD_SIZE", options.nproc_per_node))
+
+
+def _must_start_ranks(options: argparse.Namespace) -> bool:
+    if options.nproc_per_node < 1:
+        raise ValueError(f"--nproc-per-node={options.nproc_per_node}: must be at least 1.")
+    return options.nproc_per_node > 1 and "RANK" not in os.environ
+
+
+def _start_ranks(num_ranks: int) -> None:
+    """Run this same command line under torchrun, which gives every rank its number and ends all if one fails."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    torchrun(["--standalone", "--nproc-per-node", str(num_ranks), "-m", "megavlm", *sys.argv[1:]])

@@ -1,0 +1,42 @@
+"""From rows of a file to batches: row -> images -> tiles -> tags -> tokens -> :class:`Sample` -> Batch.
+
+Imports no model and no megatron-core. ``Loader`` is what training iterates over; ``SampleProcessor`` makes one sample
+or prompt; ``expansion`` is the only place that counts tokens.
+"""
+
+from megavlm.data.collate import collate, pack
+from megavlm.data.config import DataConfig
+from megavlm.data.conversation import Conversation, ImageRef, Message, parse_conversation
+from megavlm.data.datasets import DATASETS, Dataset, DatasetConfig
+from megavlm.data.image import ImageError
+from megavlm.data.loader import Loader
+from megavlm.data.processor import SampleProcessor
+from megavlm.data.sample import Prompt, Sample, SampleError
+from megavlm.data.tilings import TILINGS, TileLayout, Tiling, TilingConfig
+from megavlm.data.tokenizers import TOKENIZERS, Tokenizer, TokenizerConfig
+
+__all__ = [
+    "DATASETS",
+    "TILINGS",
+    "TOKENIZERS",
+    "Conversation",
+    "DataConfig",
+    "Dataset",
+    "DatasetConfig",
+    "ImageError",
+    "ImageRef",
+    "Loader",
+    "Message",
+    "Prompt",
+    "Sample",
+    "SampleError",
+    "SampleProcessor",
+    "TileLayout",
+    "Tiling",
+    "TilingConfig",
+    "Tokenizer",
+    "TokenizerConfig",
+    "collate",
+    "pack",
+    "parse_conversation",
+]

@@ -1,0 +1,234 @@
+"""One row of a data file as a conversation, whichever of the known shapes it has."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant"]
+
+PLACEHOLDER = "<image>"
+"""Where an image stands inside a text; the files of LLaVA and LLaMA-Factory use the same."""
+
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image by name; not yet read."""
+
+    source: str
+    """Path of a file, or a ``data:`` URI."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: Role
+    parts: tuple[str | ImageRef, ...]
+    """Text and images in the order in which they are read."""
+
+    @property
+    def text(self) -> str:
+        """The turn without its images."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """An optional system message, then user and assistant in turn."""
+
+    messages: tuple[Message, ...]
+
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        """All images in the order in which they are read."""
+        return tuple(part for message in self.messages for part in message.parts if isinstance(part, ImageRef))
+
+
+def parse_conversation(row: Any, where: str, image_root: Path, *, needs_answer: bool = True) -> Conversation:
+    """Read a row.
+
+    Accepted are ``conversations`` with ``from``/``value`` (LLaVA, ShareGPT) and ``messages`` with ``role``/``content``
+    (LLaMA-Factory, OpenAI). Images are the row's ``image`` or ``images`` (one path or a list), at the ``<image>``
+    placeholders of the texts; or parts of a ``content`` list (``{"type": "image_url", "image_url": {"url": ...}}``,
+    ``{"type": "image", "image": ...}``; without a source, the next of the row's images). In a ``content`` list
+    ``<image>`` inside a text is text. A ``system`` key gives a system message.
+
+    Args:
+        row: the decoded JSON.
+        where: names the row in errors, ``file.jsonl:17``.
+        image_root: relative paths of images begin here.
+        needs_answer: whether the last message must be the assistant's.
+
+    Raises:
+        ValueError: beginning with ``where``, saying what is wrong with the row.
+    """
+    return _RowParser(where, image_root).parse(row, needs_answer)
+
+
+class _RowParser:
+    """Parses one row; holds what every error and every image needs."""
+
+    def __init__(self, where: str, image_root: Path) -> None:
+        self._where = where
+        self._image_root = image_root
+
+    def parse(self, row: Any, needs_answer: bool) -> Conversation:
+        if not isinstance(row, Mapping):
+            raise self._error(f"the row is {_name(row)}, not an object")
+        turns, role_key, content_key = self._turns(row)
+        images = self._row_images(row)
+        num_placeholders = sum(self._count_placeholders(turn, content_key) for turn in turns)
+        if num_placeholders != len(images):
+            raise self._error(
+                f"{num_placeholders} {PLACEHOLDER} placeholder(s) in the texts, but {len(images)} image(s) in the row"
+            )
+        supply = iter(images)
+        messages = [
+            self._message(turn, number, role_key, content_key, supply) for number, turn in enumerate(turns, start=1)
+        ]
+        system = row.get("system")
+        if system:
+            if not isinstance(system, str):
+                raise self._error(f"system is {_name(system)}, not text")
+            messages.insert(0, Message("system", (system,)))
+        self._check_order(messages, len(messages) - len(turns), needs_answer)
+        return Conversation(tuple(messages))
+
+    def _turns(self, row: Mapping[str, Any]) -> tuple[list[Any], str, str]:
+        present = [key for key in ("conversations", "messages") if key in row]
+        if len(present) != 1:
+            keys = ", ".join(sorted(map(str, row))) or "none"
+            found = (
+                "both conversations and messages" if present else f"neither conversations nor messages (keys: {keys})"
+            )
+            raise self._error(f"the row has {found}")
+        turns = row[present[0]]
+        if not isinstance(turns, list):
+            raise self._error(f"{present[0]} is {_name(turns)}, not a list")
+        if not turns:
+            raise self._error(f"{present[0]} is empty")
+        for number, turn in enumerate(turns, start=1):
+            if not isinstance(turn, Mapping):
+                raise self._error(f"message {number} is {_name(turn)}, not an object")
+        # Files of both families are seen with the other's key names; the first message decides.
+        role_key = "from" if "from" in turns[0] else "role"
+        return turns, role_key, "value" if "value" in turns[0] else "content"
+
+    def _row_images(self, row: Mapping[str, Any]) -> list[ImageRef]:
+        present = [key for key in ("image", "images") if row.get(key) not in (None, "", [])]
+        if len(present) > 1:
+            raise self._error("the row has both image and images")
+        if not present:
+            return []
+        value = row[present[0]]
+        return [self._image(entry, present[0]) for entry in (value if isinstance(value, list) else [value])]
+
+    def _image(self, entry: Any, key: str) -> ImageRef:
+        if isinstance(entry, Mapping) and len(entry.keys() & {"path", "url"}) == 1:
+            entry = entry.get("path", entry.get("url"))
+        if not isinstance(entry, str):
+            raise self._error(f"{key} is {_name(entry)}, not a path")
+        if not entry or "\0" in entry:
+            raise self._error(f"{key} is an empty or broken path")
+        if entry.startswith("data:"):
+            return ImageRef(entry)
+        scheme, separator, rest = entry.partition("://")
+        if separator and scheme == "file":
+            return ImageRef(rest)
+        if separator:
+            raise self._error(f"{key}={entry[:100]!r} is a remote address; images are not downloaded")
+        return ImageRef(os.path.join(self._image_root, entry))
+
+    def _count_placeholders(self, turn: Mapping[str, Any], content_key: str) -> int:
+        content = turn.get(content_key)
+        if isinstance(content, str):
+            return content.count(PLACEHOLDER)
+        if isinstance(content, list):
+            return sum(isinstance(part, Mapping) and _is_unnamed_image(part) for part in content)
+        return 0
+
+    def _message(
+        self, turn: Mapping[str, Any], number: int, role_key: str, content_key: str, supply: Iterator[ImageRef]
+    ) -> Message:
+        for key in (role_key, content_key):
+            if key not in turn:
+                raise self._error(f"message {number} has no {key} (keys: {', '.join(sorted(map(str, turn)))})")
+        role = _ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
+        if role is None:
+            raise self._error(
+                f"message {number} has the unknown {role_key} {turn[role_key]!r}; known are {', '.join(_ROLES)}"
+            )
+        content = turn[content_key]
+        if isinstance(content, str):
+            parts = _split_text(content, supply)
+        elif isinstance(content, list):
+            parts = [self._part(part, number, supply) for part in content]
+        else:
+            raise self._error(f"message {number}: {content_key} is {_name(content)}, not text or a list of parts")
+        message = Message(role, tuple(part for part in parts if part != ""))
+        if not any(isinstance(part, ImageRef) or part.strip() for part in message.parts):
+            raise self._error(f"message {number} ({role}) is empty")
+        if role == "assistant" and not message.text.strip():
+            raise self._error(f"message {number} (assistant) has images but no text")
+        return message
+
+    def _part(self, part: Any, number: int, supply: Iterator[ImageRef]) -> str | ImageRef:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(text := part.get("text"), str):
+            return text
+        if kind in ("image", "image_url"):
+            if _is_unnamed_image(part):
+                return next(supply)
+            source = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
+            return self._image(source, f"message {number}: {kind}")
+        shown = f"a part of type {kind!r}" if kind is not None else _name(part)
+        raise self._error(f"message {number} holds {shown}; known are parts of type text, image and image_url")
+
+    def _check_order(self, messages: list[Message], num_inserted: int, needs_answer: bool) -> None:
+        if not any(message.role == "assistant" for message in messages) and needs_answer:
+            raise self._error("no message is from the assistant, so there is nothing to learn")
+        first_turn = 1 if messages[0].role == "system" else 0
+        if first_turn == len(messages):
+            raise self._error("the only message is from the system")
+        for index in range(first_turn, len(messages)):
+            role, expected = messages[index].role, "assistant" if (index - first_turn) % 2 else "user"
+            if role != expected:
+                raise self._error(
+                    f"message {index + 1 - num_inserted} is from {role} where {expected} must speak; "
+                    "user and assistant take turns"
+                )
+        if needs_answer and messages[-1].role != "assistant":
+            raise self._error("the last message is from the user, and nothing answers it")
+
+    def _error(self, what: str) -> ValueError:
+        return ValueError(f"{self._where}: {what}.")
+
+
+_IMAGE_KEYS = ("image", "image_url", "path", "url")
+
+
+def _is_unnamed_image(part: Mapping[str, Any]) -> bool:
+    return part.get("type") == "image" and all(part.get(key) is None for key in _IMAGE_KEYS)
+
+
+def _split_text(text: str, supply: Iterator[ImageRef]) -> list[str | ImageRef]:
+    first, *others = text.split(PLACEHOLDER)
+    parts: list[str | ImageRef] = [first]
+    for other in others:
+        parts += [next(supply), other]
+    return parts
+
+
+def _name(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), f"a number ({value})" if isinstance(value, int | float) else type(value).__name__)

@@ -1,0 +1,190 @@
+"""The one place where a rendered conversation and its image tiles become token ids, and where they are counted.
+
+Whoever needs a number of tokens asks here. Shape letters: S tokens, T tiles, I images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megavlm.data.chat_template import BOS, EOS, Segment, Special
+from megavlm.data.tokenizers import Tokenizer
+
+ImageWrapper = Literal["nvlm", "internvl", "none"]
+
+_WRAPPER_TEXTS: dict[ImageWrapper, tuple[str, str]] = {
+    "nvlm": ("<Image>", "</Image>"),
+    "internvl": ("<img>", "</img>"),
+    "none": ("", ""),
+}
+
+
+@dataclass(frozen=True)
+class TokenRun:
+    """Token ids that are all trained, or all not."""
+
+    ids: tuple[int, ...]
+    is_trained: bool
+
+
+@dataclass(frozen=True)
+class ImageSlot:
+    """Where an image goes. The slots of a sample stand in the order of its images."""
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The tokens that stand for one image: before each tile its tag, then its image tokens."""
+
+    tag_ids: tuple[tuple[int, ...], ...]
+    """Of each tile in order; tags may differ in length or be empty."""
+    tokens_per_tile: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tags and image tokens together; the wrapper's tokens are text and not counted."""
+        return sum(len(ids) + self.tokens_per_tile for ids in self.tag_ids)
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A sample's tokens and everything that follows from them."""
+
+    tokens: Tensor
+    """``[S]`` int64."""
+    labels: Tensor
+    """``[S]`` int64: the next token where it is trained, else 0."""
+    loss_mask: Tensor
+    """``[S]`` float32: 1 where the next token is trained."""
+    visible_tiles: Tensor
+    """``[S, 2]`` int64: half-open range of the sample's tiles that each token may see by cross-attention."""
+    tile_spans: Tensor
+    """``[T, 2]`` int64: half-open range of each tile's image tokens."""
+    tokens_per_image: tuple[int, ...]
+    """Tags and image tokens of each image."""
+
+
+def encode_segments(
+    segments: Sequence[Segment], tokenizer: Tokenizer, wrapper: ImageWrapper
+) -> list[TokenRun | ImageSlot]:
+    """Encode the text of a rendered conversation.
+
+    Neighbouring texts that are both trained, or both not, are encoded as one, as the tokenizers of chat models were
+    trained: a template's ``user`` line, the wrapper ``<Image>`` and the user's words may share tokens.
+
+    Args:
+        segments: a rendered conversation.
+        tokenizer: its special symbols are looked up, its text is encoded plain.
+        wrapper: the text around each image.
+
+    Raises:
+        ValueError: the vocabulary lacks a special symbol of the template.
+    """
+    before, after = _WRAPPER_TEXTS[wrapper]
+    runs: list[TokenRun | ImageSlot] = []
+    text, text_is_trained = "", False
+    starts_text = True
+
+    def flush() -> None:
+        nonlocal text, starts_text
+        if text:
+            runs.append(TokenRun(tuple(tokenizer.encode(text, starts_text=starts_text)), text_is_trained))
+            starts_text = False
+        text = ""
+
+    def add_text(addition: str, is_trained: bool) -> None:
+        nonlocal text, text_is_trained
+        if is_trained != text_is_trained:
+            flush()
+        text, text_is_trained = text + addition, is_trained
+
+    for segment in segments:
+        if isinstance(segment.content, str):
+            add_text(segment.content, segment.is_trained)
+        elif isinstance(segment.content, Special):
+            flush()
+            runs.append(TokenRun((special_token_id(segment.content, tokenizer),), segment.is_trained))
+            starts_text = starts_text and segment.content == BOS
+        else:
+            add_text(before, False)
+            flush()
+            runs.append(ImageSlot())
+            starts_text = False
+            add_text(after, False)
+    flush()
+    return runs
+
+
+def special_token_id(special: Special, tokenizer: Tokenizer) -> int:
+    """Look up a special symbol.
+
+    Raises:
+        ValueError: the vocabulary has no such symbol.
+    """
+    if special == EOS:
+        return tokenizer.eos_id
+    token_id = tokenizer.bos_id if special == BOS else tokenizer.special_id(special.name)
+    if token_id is None:
+        raise ValueError(
+            f"data.chat_template: needs the special token {special.name!r}, and the tokenizer has none. "
+            "Choose another template or tokenizer."
+        )
+    return token_id
+
+
+def count_tokens(runs: Sequence[TokenRun | ImageSlot], images: Sequence[ImageTokens]) -> int:
+    """Return S, the number of tokens that :func:`expand` will give."""
+    num_text_tokens = sum(len(run.ids) for run in runs if isinstance(run, TokenRun))
+    return num_text_tokens + sum(image.num_tokens for image in images)
+
+
+def expand(runs: Sequence[TokenRun | ImageSlot], images: Sequence[ImageTokens], image_token_id: int) -> Expansion:
+    """Put the images' tokens into their slots.
+
+    Tags and image tokens are not trained, and so the position before them predicts nothing. What a token may see by
+    cross-attention: a tile's tag and image tokens see that tile; text sees all tiles of the images before it in the
+    sample, and nothing (an empty range) where there is none. Source: NVLM (arXiv 2409.11402) section 4.3 for tags; for
+    other text the paper names no rule.
+
+    Args:
+        runs: of :func:`encode_segments`.
+        images: one for each slot.
+        image_token_id: what stands at the positions of image features.
+
+    Raises:
+        ValueError: the number of slots is not the number of images.
+    """
+    num_slots = sum(isinstance(run, ImageSlot) for run in runs)
+    if num_slots != len(images):
+        raise ValueError(f"images={len(images)}: the rendered conversation has {num_slots} image slot(s).")
+    ids: list[int] = []
+    is_trained: list[bool] = []
+    visible: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
+    supply = iter(images)
+    for run in runs:
+        if isinstance(run, TokenRun):
+            ids += run.ids
+            is_trained += [run.is_trained] * len(run.ids)
+            visible += [(0, len(spans))] * len(run.ids)
+            continue
+        image = next(supply)
+        for tag in image.tag_ids:
+            num_tokens = len(tag) + image.tokens_per_tile
+            visible += [(len(spans), len(spans) + 1)] * num_tokens
+            spans.append((len(ids) + len(tag), len(ids) + num_tokens))
+            ids += [*tag, *[image_token_id] * image.tokens_per_tile]
+            is_trained += [False] * num_tokens
+    tokens = torch.tensor(ids, dtype=torch.int64)
+    targets = torch.tensor([*is_trained[1:], False][: len(ids)], dtype=torch.bool)
+    return Expansion(
+        tokens=tokens,
+        labels=torch.where(targets, tokens.roll(-1), 0),
+        loss_mask=targets.to(torch.float32),
+        visible_tiles=torch.tensor(visible, dtype=torch.int64).reshape(-1, 2),
+        tile_spans=torch.tensor(spans, dtype=torch.int64).reshape(-1, 2),
+        tokens_per_image=tuple(image.num_tokens for image in images),
+    )

@@ -1,0 +1,472 @@
+"""The megatron-core engine: process groups, wrapped model chunks, the optimizer and one step of a run.
+
+The same code runs on gloo and nccl. It knows nothing of what the model computes: a chunk is any module that maps a
+:class:`~megavlm.batch.Batch` to hidden states, and on the last stage to per-token losses ``[N, S]`` or to logits.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import pydantic
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megavlm.batch import Batch
+from megavlm.config import Config
+from megavlm.engines import guards
+from megavlm.runtime import current_device
+from megavlm.runtime.sharding import sharding_metadata
+
+T = TypeVar("T")
+
+
+class MegatronEngineConfig(Config):
+    """Layout, precision and memory settings. Names are megatron-core's."""
+
+    kind: Literal["megatron"] = "megatron"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16`` keeps float32 master weights and gradients."""
+    tensor_model_parallel_size: pydantic.PositiveInt = 1
+    pipeline_model_parallel_size: pydantic.PositiveInt = 1
+    virtual_pipeline_model_parallel_size: pydantic.PositiveInt | None = None
+    """Model chunks of each pipeline rank (interleaved schedule); None: one."""
+    sequence_parallel: bool = False
+    """Split norms and dropout over the sequence on tensor-parallel ranks."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state and the update over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute activations in the backward pass: whole layers, or ``recompute_modules`` of each layer."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: pydantic.PositiveInt | None = None
+    recompute_modules: list[str] | None = None
+    distributed_timeout_minutes: pydantic.PositiveFloat = 10.0
+    """How long a rank waits for the others before it gives up."""
+
+    @pydantic.model_validator(mode="after")
+    def _recompute_is_whole(self) -> "MegatronEngineConfig":
+        if self.recompute_granularity == "full" and not (self.recompute_method and self.recompute_num_layers):
+            raise ValueError(
+                "engine.recompute_granularity='full': needs recompute_method (uniform or block) and "
+                f"recompute_num_layers, given {self.recompute_method} and {self.recompute_num_layers}."
+            )
+        if self.recompute_granularity != "full" and (self.recompute_method or self.recompute_num_layers):
+            raise ValueError(
+                f"engine.recompute_method={self.recompute_method!r}: only means something with "
+                f"recompute_granularity='full', which is {self.recompute_granularity!r}."
+            )
+        return self
+
+    # Fixed for now, and named because the checks of the layout ask for them.
+    @property
+    def context_parallel_size(self) -> int:
+        """Ranks that share one sequence: always 1."""
+        return 1
+
+    @property
+    def expert_model_parallel_size(self) -> int:
+        """Ranks that share the experts of a layer: always 1."""
+        return 1
+
+    @property
+    def expert_tensor_parallel_size(self) -> int | None:
+        """Ranks that share one expert: as many as share other layers."""
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights and activations."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def pads_micro_batches(self) -> bool:
+        """Whether all micro-batches of a step are padded to one length.
+
+        With two interleaved pipeline stages the next rank is the previous rank, and megatron-core
+        (``P2PCommunicator._communicate_shapes``) pairs the shapes that stages tell each other with the wrong receives.
+        """
+        return self.pipeline_model_parallel_size == 2 and (self.virtual_pipeline_model_parallel_size or 1) > 1
+
+    def megatron_settings(self) -> dict[str, Any]:
+        """TransformerConfig arguments that come from the layout, the precision and the engine's way of working."""
+        is_pipelined = self.pipeline_model_parallel_size > 1
+        return {
+            "tensor_model_parallel_size": self.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
+            "virtual_pipeline_model_parallel_size": self.virtual_pipeline_model_parallel_size,
+            "sequence_parallel": self.sequence_parallel,
+            "params_dtype": self.dtype,
+            "pipeline_dtype": self.dtype,
+            "bf16": self.precision == "bf16",
+            "recompute_granularity": self.recompute_granularity,
+            "recompute_method": self.recompute_method,
+            "recompute_num_layers": self.recompute_num_layers,
+            "recompute_modules": self.recompute_modules,
+            # Rows of micro-batches differ in length, so stages tell each other the shape. The dispatcher is asked for
+            # by megatron-core's check of that setting, with or without experts.
+            "variable_seq_lengths": is_pipelined and not self.pads_micro_batches,
+            "moe_token_dispatcher_type": "alltoall",
+            "deallocate_pipeline_outputs": is_pipelined,
+            # Losses are summed over tokens; the sum is divided once, by the global number of trained tokens.
+            "calculate_per_token_loss": True,
+            # Weights come from megavlm.models.initialization or a checkpoint, never from the layers' own generators.
+            "perform_initialization": False,
+            "use_cpu_initialization": False,
+            # Fused kernels of Apex and Transformer Engine, which the torch backend does without.
+            "gradient_accumulation_fusion": False,
+            "bias_dropout_fusion": False,
+            "bias_activation_fusion": False,
+            "masked_softmax_fusion": False,
+            "apply_rope_fusion": False,
+        }
+
+
+class OptimizerSettings(Config):
+    """AdamW. Names are megatron-core's."""
+
+    lr: pydantic.PositiveFloat
+    """Peak learning rate."""
+    min_lr: pydantic.NonNegativeFloat = 0.0
+    """Learning rate at the end of the decay."""
+    weight_decay: pydantic.NonNegativeFloat = 0.01
+    """Not applied to biases, norms and other vectors."""
+    adam_beta1: float = pydantic.Field(0.9, ge=0.0, lt=1.0)
+    adam_beta2: float = pydantic.Field(0.95, ge=0.0, lt=1.0)
+    adam_eps: pydantic.PositiveFloat = 1e-8
+    clip_grad: pydantic.NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a model chunk stands in the pipeline: what a chunk builder needs to know."""
+
+    pre_process: bool
+    post_process: bool
+    vp_stage: int | None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did. The same on every rank."""
+
+    loss: float
+    """Mean loss of the trained tokens of the global batch; 0.0 if there were none."""
+    num_trained_tokens: int
+    grad_norm: float
+    """Global norm before clipping; nan or inf if the step was skipped for it; 0.0 if nothing was trained."""
+    skip_reason: str | None
+    """Why the weights were not updated: ``no_trained_token``, ``grad_not_finite``; None if they were."""
+
+
+class MegatronEngine:
+    """One rank's share of a run. Use: ``start``, ``wrap``, ``build_optimizer``, then steps; ``stop`` belongs to the
+    process (:func:`megavlm.runtime.process.stop`)."""
+
+    def __init__(self, config: MegatronEngineConfig) -> None:
+        self.config = config
+        self.device = current_device()
+        self.chunks: list[torch.nn.Module] = []
+        """This rank's model chunks as they were built."""
+        self.optimizer: MegatronOptimizer | None = None
+        self._wrapped: list[torch.nn.Module] = []
+        self._loss_scale = 1.0
+
+    # ---- start -------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Make megatron-core's process groups. The default process group must exist and the layout be checked
+        (:func:`megavlm.runtime.layout.check_parallel_config`)."""
+        guards.install_optimizer()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=self.config.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.config.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=self.config.virtual_pipeline_model_parallel_size,
+            distributed_timeout_minutes=math.ceil(self.config.distributed_timeout_minutes),
+            create_gloo_process_groups=False,
+        )
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which share of the global batch this rank works on."""
+        return parallel_state.get_data_parallel_rank()
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Into how many shares the global batch is cut."""
+        return parallel_state.get_data_parallel_world_size()
+
+    def stages(self) -> list[Stage]:
+        """The places in the pipeline that this rank fills, in order."""
+        num_chunks = self.config.virtual_pipeline_model_parallel_size
+        if num_chunks is None:
+            return [
+                Stage(
+                    pre_process=parallel_state.is_pipeline_first_stage(),
+                    post_process=parallel_state.is_pipeline_last_stage(),
+                    vp_stage=None,
+                )
+            ]
+        return [
+            Stage(
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+                vp_stage=chunk,
+            )
+            for chunk in range(num_chunks)
+        ]
+
+    # ---- model and optimizer -----------------------------------------------------------------------------------------
+
+    def wrap(self, chunks: Sequence[torch.nn.Module], *, training: bool = True) -> None:
+        """Take this rank's model chunks (one per entry of :meth:`stages`), with weights and ``requires_grad`` set.
+
+        Args:
+            chunks: the modules; moved to the device in place.
+            training: make gradient buffers; False for evaluation and generation only.
+        """
+        self.chunks = [chunk.to(self.device) for chunk in chunks]
+        guards.before_wrap(self.chunks)
+        modules: list[torch.nn.Module] = list(self.chunks)
+        if self.config.precision == "bf16":
+            modules = [Float16Module(module.config, module) for module in modules]
+        if training:
+            ddp_config = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=self.config.use_distributed_optimizer,
+                overlap_grad_reduce=self.config.overlap_grad_reduce,
+                overlap_param_gather=self.config.overlap_param_gather,
+            )
+            modules = [
+                # only the first chunk of an interleaved schedule gains from small buckets (as in Megatron-LM)
+                DistributedDataParallel(module.config, ddp_config, module, disable_bucketing=number > 0)
+                for number, module in enumerate(modules)
+            ]
+        self._wrapped = modules
+        for chunk in self.chunks:
+            guards.settle_config(chunk.config)
+            chunk.config.finalize_model_grads_func = _finalize_summed_grads
+            chunk.config.grad_scale_func = self._scale_loss
+
+    def build_optimizer(self, settings: OptimizerSettings) -> MegatronOptimizer:
+        """Make the optimizer of the parameters that train."""
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=settings.lr,
+                min_lr=settings.min_lr,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.adam_beta1,
+                adam_beta2=settings.adam_beta2,
+                adam_eps=settings.adam_eps,
+                clip_grad=settings.clip_grad,
+                params_dtype=self.config.dtype,
+                bf16=self.config.precision == "bf16",
+                use_distributed_optimizer=self.config.use_distributed_optimizer,
+                overlap_param_gather=self.config.overlap_param_gather,
+            ),
+            self._wrapped,
+            use_gloo_process_groups=False,
+        )
+        return self.optimizer
+
+    def sum_over_replicas(self, numbers: Sequence[float]) -> list[float]:
+        """Add up numbers over the data-parallel ranks."""
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        return total.tolist()
+
+    def sum_over_ranks(self, numbers: Sequence[float]) -> list[float]:
+        """Add up numbers over all ranks."""
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def gather_over_replicas(self, item: T) -> list[T]:
+        """Return the items of all data-parallel ranks, in their order."""
+        group = parallel_state.get_data_parallel_group()
+        items: list[Any] = [None] * group.size()
+        torch.distributed.all_gather_object(items, item, group=group)
+        return items
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether any rank of the run says yes: the same answer everywhere."""
+        votes = torch.tensor([int(flag)], device=self.device)
+        torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
+        return bool(votes.item())
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def sharded_state_dict(self, *, with_optimizer: bool, is_loading: bool = False) -> dict[str, Any]:
+        """Return megatron-core's sharded state dict of the model and, if asked, of the optimizer.
+
+        Keys are ``model`` (``model0``, ``model1`` ... with an interleaved schedule) and ``optimizer``.
+        """
+        metadata = sharding_metadata()
+        names = ["model"] if len(self.chunks) == 1 else [f"model{number}" for number in range(len(self.chunks))]
+        state: dict[str, Any] = {
+            name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, self.chunks, strict=True)
+        }
+        if with_optimizer:
+            assert self.optimizer is not None, "build_optimizer comes before its state"
+            # of one chunk the optimizer wants the chunk's own dict, of several the dict of them
+            model_state = state["model"] if len(self.chunks) == 1 else dict(state)
+            state["optimizer"] = self.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], *, with_optimizer: bool) -> None:
+        """Take back what was loaded into a :meth:`sharded_state_dict`.
+
+        Raises:
+            ValueError: the optimizer's state is not whole.
+        """
+        for number, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(state["model" if len(self.chunks) == 1 else f"model{number}"], strict=False)
+        if with_optimizer:
+            guards.check_optimizer_state(state["optimizer"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        elif self.optimizer is not None:
+            self.optimizer.reload_model_params()
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def train_step(self, batches: Sequence[Batch]) -> StepResult:
+        """Forward, backward and update on this rank's micro-batches of one global batch.
+
+        The loss is the sum over the trained tokens of the global batch divided by their number, so it does not depend
+        on micro-batch size, accumulation or data parallelism. A global batch without a trained token, or with
+        gradients that are not finite, changes nothing and says so.
+        """
+        assert self.optimizer is not None, "build_optimizer comes before train_step"
+        for module in self._wrapped:
+            module.train()
+            module.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        num_trained = self._count_trained(batches)
+        if num_trained == 0:
+            return StepResult(0.0, 0, 0.0, "no_trained_token")
+        self._loss_scale = 1.0 / num_trained
+        loss_sum = self._run_schedule(batches, forward_only=False)
+        grad_norm, updated = self._update_weights()
+        return StepResult(loss_sum / num_trained, num_trained, grad_norm, None if updated else "grad_not_finite")
+
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """Return the summed loss and the number of trained tokens of a global batch, without training."""
+        for module in self._wrapped:
+            module.eval()
+        with torch.no_grad():
+            return self._run_schedule(batches, forward_only=True), self._count_trained(batches)
+
+    def logits(self, batch: Batch, wanted: Tensor, vocab_size: int) -> Tensor:
+        """Logits of one micro-batch at chosen positions, the same on every rank of the model.
+
+        Args:
+            batch: the micro-batch.
+            wanted: ``[N, S]``, nonzero where logits are wanted.
+            vocab_size: V of the model.
+
+        Returns:
+            ``[M, V]`` float32, row by row.
+        """
+        for module in self._wrapped:
+            module.eval()
+        wanted = wanted.to(self.device)
+
+        def forward_step(iterator: Iterator[Batch], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            return module(next(iterator), wanted_logits=wanted), lambda logits: (logits.sum(), {"logits": logits})
+
+        # the interleaved schedule takes micro-batches by the number of stages
+        copies = self.config.pipeline_model_parallel_size if len(self._wrapped) > 1 else 1
+        with torch.no_grad():
+            outputs = self._forward_backward(forward_step, [batch] * copies, forward_only=True)
+        logits = torch.empty(int(wanted.count_nonzero()), vocab_size, device=self.device)
+        if outputs:
+            logits.copy_(outputs[0]["logits"])
+        self._broadcast_from_last_stage(logits)
+        return logits
+
+    def _run_schedule(self, batches: Sequence[Batch], *, forward_only: bool) -> float:
+        """Run all micro-batches; return the summed loss of the global batch."""
+        outputs = self._forward_backward(_loss_step, batches, forward_only=forward_only)
+        loss_sum = torch.zeros(1, dtype=torch.float64, device=self.device)
+        for output in outputs:
+            loss_sum += output["loss_sum"]
+        self._broadcast_from_last_stage(loss_sum)
+        torch.distributed.all_reduce(loss_sum, group=parallel_state.get_data_parallel_group())
+        return loss_sum.item()
+
+    def _forward_backward(
+        self, forward_step: Callable[..., Any], batches: Sequence[Batch], *, forward_only: bool
+    ) -> list[dict[str, Tensor]]:
+        length = max(batch.tokens.shape[1] for batch in batches)
+        if self.config.pads_micro_batches:
+            batches = [batch.padded_to(length) for batch in batches]
+        iterators = [iter(batches) for _ in self._wrapped]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self._wrapped,
+            num_microbatches=len(batches),
+            seq_length=length,  # where lengths differ, stages tell each other the real shapes
+            micro_batch_size=batches[0].tokens.shape[0],
+            forward_only=forward_only,
+        )
+
+    def _update_weights(self) -> tuple[float, bool]:
+        """Clip and step. Returns the gradient norm and whether the weights were updated (the same on every rank)."""
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            return grad_norm, False
+        clip_grad = self.optimizer.config.clip_grad
+        if clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), clip_grad, grad_norm)
+        self.optimizer.step_with_ready_grads()
+        return grad_norm, True
+
+    def _count_trained(self, batches: Sequence[Batch]) -> int:
+        count = sum(batch.loss_mask.count_nonzero() for batch in batches).to(torch.int64)
+        torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
+        return int(count)
+
+    def _scale_loss(self, loss: Tensor) -> Tensor:
+        """Called by megatron-core's schedule on each micro-batch's summed loss (and on auxiliary losses)."""
+        return loss * self._loss_scale
+
+    def _broadcast_from_last_stage(self, tensor: Tensor) -> None:
+        if self.config.pipeline_model_parallel_size > 1:
+            torch.distributed.broadcast(
+                tensor,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+
+
+def _loss_step(iterator: Iterator[Batch], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+    """megatron-core's forward step: run a chunk on the next micro-batch, say how its output becomes a loss."""
+    batch = next(iterator)
+
+    def sum_losses(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        loss_sum = (losses * batch.loss_mask).sum()
+        return loss_sum, torch.zeros((), dtype=torch.int), guards.own_metrics({"loss_sum": loss_sum})
+
+    return module(batch), sum_losses
+
+
+def _finalize_summed_grads(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Reduce gradients over data, sequence and tied embeddings. The division by tokens is in the loss already."""
+    finalize_model_grads(model, None, **kwargs)

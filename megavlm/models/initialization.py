@@ -1,0 +1,44 @@
+"""Fresh weights that depend on the seed and on a parameter's checkpoint key only.
+
+Every layout of a model therefore starts from the same weights, and curves of different layouts can be compared.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megavlm.models.weights import WeightSlot, fill_weights
+
+_RESIDUAL_WRITERS = ("linear_proj.weight", "linear_fc2.weight")
+"""Layers whose output is added to the residual stream of a transformer."""
+
+
+def initialize_weights(chunks: Sequence[torch.nn.Module], seed: int) -> None:
+    """Draw all weights of this rank's (unwrapped) model chunks, in place.
+
+    Weights are normal with their part's ``init_method_std`` (the residual writers of a transformer divided by the
+    square root of twice its depth, as in GPT-2 and Megatron-LM), biases zero, norms and scales at their constants.
+    Each tensor is drawn whole, in float32 on the CPU, by a generator of its own.
+    """
+    parts = {name: part.config for chunk in chunks for name, part in chunk.named_children()}
+
+    def draw(slot: WeightSlot) -> Tensor:
+        if slot.constant is not None:
+            return torch.full(slot.shape, slot.constant)
+        if slot.key.endswith(".bias"):
+            return torch.zeros(slot.shape)
+        part = parts[slot.key.split(".", 1)[0]]
+        std = part.init_method_std
+        if slot.key.endswith(_RESIDUAL_WRITERS) and ".layers." in slot.key:
+            std /= math.sqrt(2 * part.num_layers)
+        return torch.randn(slot.shape, generator=_generator(seed, slot.key)) * std
+
+    fill_weights(chunks, draw)
+
+
+def _generator(seed: int, key: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

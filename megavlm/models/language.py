@@ -1,0 +1,281 @@
+"""The language model: a decoder-only transformer of the Llama and Qwen2 families, from megatron-core parts.
+
+Shape letters: N rows, S tokens a row, H hidden width, V vocabulary, M trained tokens of the batch, D channels of a head.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pydantic
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from megavlm.config import Config
+from megavlm.models.backend import Backend, attention_spec, block_spec, layer_spec
+from megavlm.models.weights import mark_padded
+
+
+class LanguageConfig(Config):
+    """Shape of the decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention. Names are megatron-core's."""
+
+    kind: Literal["decoder"] = "decoder"
+    num_layers: pydantic.PositiveInt
+    """Decoder layers."""
+    hidden_size: pydantic.PositiveInt
+    """Width of the residual stream."""
+    ffn_hidden_size: pydantic.PositiveInt
+    """Width inside the gated feed-forward layer."""
+    num_attention_heads: pydantic.PositiveInt
+    """Query heads."""
+    num_query_groups: pydantic.PositiveInt | None = None
+    """Key/value heads; None: as many as query heads."""
+    kv_channels: pydantic.PositiveInt | None = None
+    """Channels of a head; None: hidden_size / num_attention_heads."""
+    vocab_size: pydantic.PositiveInt | None = None
+    """Tokens of the vocabulary, the image token included; None: as many as the tokenizer has."""
+    make_vocab_size_divisible_by: pydantic.PositiveInt = 128
+    """The embedding is padded to a multiple of this; padded tokens are never predicted."""
+    add_qkv_bias: bool = False
+    """Bias on queries, keys and values (Qwen2: yes, Llama: no)."""
+    share_embeddings_and_output_weights: bool = False
+    """One matrix for the input embedding and the output layer."""
+    layernorm_epsilon: pydantic.PositiveFloat = 1e-5
+    """Epsilon of RMSNorm."""
+    rotary_base: pydantic.PositiveInt = 10000
+    """Base period of the rotary positions (theta)."""
+    rope_scaling_factor: pydantic.PositiveFloat | None = None
+    """Llama-3.1's stretching of low rotary frequencies; None: off."""
+    init_method_std: pydantic.PositiveFloat = 0.02
+    """Standard deviation of fresh weights; layers that write to the residual stream get 1 / sqrt(2 * num_layers) of it."""
+    attention_dropout: pydantic.NonNegativeFloat = 0.0
+    hidden_dropout: pydantic.NonNegativeFloat = 0.0
+
+    @pydantic.model_validator(mode="after")
+    def _heads_fit(self) -> "LanguageConfig":
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"model.language.hidden_size={self.hidden_size}: is not a multiple of "
+                f"num_attention_heads={self.num_attention_heads}. Change one, or give kv_channels."
+            )
+        if self.num_attention_heads % (self.num_query_groups or self.num_attention_heads):
+            raise ValueError(
+                f"model.language.num_attention_heads={self.num_attention_heads}: is not a multiple of "
+                f"num_query_groups={self.num_query_groups}. Each key/value head serves a whole number of query heads."
+            )
+        return self
+
+    @property
+    def num_moe_experts(self) -> int | None:
+        """Experts of a layer: none, every layer is dense."""
+        return None
+
+    def transformer_config(self, megatron_settings: Mapping[str, Any]) -> TransformerConfig:
+        """Return megatron-core's config of the decoder.
+
+        Args:
+            megatron_settings: the arguments that come from layout and precision.
+        """
+        return TransformerConfig(
+            **megatron_settings,
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups or self.num_attention_heads,
+            kv_channels=self.kv_channels,
+            normalization="RMSNorm",
+            layernorm_epsilon=self.layernorm_epsilon,
+            gated_linear_unit=True,
+            activation_func=F.silu,
+            add_bias_linear=False,
+            add_qkv_bias=self.add_qkv_bias,
+            init_method_std=self.init_method_std,
+            attention_dropout=self.attention_dropout,
+            hidden_dropout=self.hidden_dropout,
+        )
+
+
+def decoder_layer_specs(config: LanguageConfig, backend: Backend) -> list[ModuleSpec]:
+    """One spec per decoder layer of the whole model, first to last."""
+    layer = layer_spec(backend, attention_spec(backend, AttnMaskType.causal))
+    return [layer] * config.num_layers
+
+
+class LanguageModel(LanguageModule):
+    """Embedding, decoder layers and output layer of one pipeline stage (or virtual stage).
+
+    It differs from megatron-core's ``GPTModel`` in what a VLM needs: embeddings can be filled with image features
+    before they are split over the sequence, positions may restart inside a row, and the output layer and loss run on
+    the trained tokens only (prompts and image tokens, most of a sequence, cost nothing there).
+    """
+
+    def __init__(
+        self,
+        config: LanguageConfig,
+        transformer_config: TransformerConfig,
+        layers: list[ModuleSpec],
+        backend: Backend,
+        *,
+        vocab_size: int,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
+    ) -> None:
+        """Build this stage's part.
+
+        Args:
+            config: shape of the decoder.
+            transformer_config: see :meth:`LanguageConfig.transformer_config`.
+            layers: specs of all layers of the model; this stage takes its own.
+            backend: where the final norm comes from.
+            vocab_size: real tokens, image token included, padding not.
+            pre_process, post_process: whether the stage is the first, the last.
+            vp_stage: index of the virtual stage, or None without interleaving.
+        """
+        super().__init__(transformer_config)
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.vp_stage = vp_stage
+        self.vocab_size = vocab_size
+        self.share_embeddings_and_output_weights = config.share_embeddings_and_output_weights
+        padded_vocab_size = -(-vocab_size // config.make_vocab_size_divisible_by) * config.make_vocab_size_divisible_by
+
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=transformer_config,
+                vocab_size=padded_vocab_size,
+                max_sequence_length=0,  # only used by learned positions
+                position_embedding_type="rope",
+                scatter_to_sequence_parallel=False,  # image features come in first
+            )
+        self.rotary_pos_emb = RotaryEmbedding(
+            kv_channels=transformer_config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=config.rotary_base,
+            rope_scaling=config.rope_scaling_factor is not None,
+            rope_scaling_factor=config.rope_scaling_factor or 1.0,
+        )
+        first = get_transformer_layer_offset(transformer_config, vp_stage=vp_stage)
+        count = get_num_layers_to_build(transformer_config, vp_stage=vp_stage)
+        self.decoder = TransformerBlock(
+            config=transformer_config,
+            spec=block_spec(backend, layers[first : first + count]),
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            # The loss gathers the sequence before it picks the trained tokens, so this layer sees whole rows of hidden
+            # states and must all-reduce its input gradient even when the rest of the model is sequence parallel.
+            output_config = copy.copy(transformer_config)
+            output_config.sequence_parallel = False
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                transformer_config.hidden_size,
+                padded_vocab_size,
+                config=output_config,
+                init_method=transformer_config.init_method,
+                bias=False,
+                skip_weight_param_allocation=pre_process and self.share_embeddings_and_output_weights,
+            )
+        if pre_process or post_process:
+            self._mark_vocabulary_padding(transformer_config.hidden_size)
+            self.setup_embeddings_and_output_layer()
+
+    def _mark_vocabulary_padding(self, hidden_size: int) -> None:
+        if self.pre_process:
+            mark_padded(self.embedding.word_embeddings.weight, (self.vocab_size, hidden_size))
+        if self.post_process and self.output_layer.weight is not None:
+            mark_padded(self.output_layer.weight, (self.vocab_size, hidden_size))
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Take hidden states ``[S, N, H]`` from the stage before (called by megatron-core's schedules)."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def embed(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        """Look up token embeddings: ``[N, S]`` int64 -> ``[S, N, H]``, whole on every tensor-parallel rank."""
+        return self.embedding(input_ids=tokens, position_ids=position_ids)
+
+    def forward(self, hidden_states: Tensor | None, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Run this stage's decoder layers.
+
+        Args:
+            hidden_states: ``[S, N, H]`` whole on every rank (first stage), or None (later stages read what
+                :meth:`set_input_tensor` was given).
+            position_ids: ``[N, S]`` int64.
+            attention_mask: None for plain causal rows; ``[N, 1, S, S]`` bool, True where a token may not look, for
+                packed rows.
+
+        Returns:
+            ``[S, N, H]``, split over the sequence under sequence parallelism.
+        """
+        if hidden_states is not None and self.config.sequence_parallel:
+            hidden_states = tensor_parallel.scatter_to_sequence_parallel_region(hidden_states)
+        frequencies = self.rotary_pos_emb(position_ids.shape[1])
+        if attention_mask is not None:  # packed: positions restart, so each row has frequencies of its own
+            frequencies = frequencies[position_ids, 0, 0].transpose(0, 1).unsqueeze(2)
+        return self.decoder(
+            hidden_states=hidden_states, attention_mask=attention_mask, rotary_pos_emb=frequencies
+        )
+
+    def token_losses(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+        """Cross-entropy of the trained tokens.
+
+        Args:
+            hidden_states: ``[S, N, H]`` of the last stage.
+            labels: ``[N, S]`` int64.
+            loss_mask: ``[N, S]``; positions with 0 are not computed.
+
+        Returns:
+            ``[N, S]`` float32, 0 where ``loss_mask`` is 0. It always depends on the hidden states, so a batch with no
+            trained token still has a (zero) gradient and runs the same collectives.
+        """
+        trained = loss_mask.flatten().nonzero().squeeze(1)
+        if trained.numel() == 0:
+            trained = trained.new_zeros(1)
+        logits = self._logits_at(hidden_states, trained, row_length=labels.shape[1])
+        losses = tensor_parallel.vocab_parallel_cross_entropy(logits, labels.flatten()[trained])
+        scattered = torch.zeros(labels.numel(), dtype=losses.dtype, device=losses.device)
+        return scattered.index_put((trained,), losses).view_as(labels) * (loss_mask != 0)
+
+    def logits(self, hidden_states: Tensor, wanted: Tensor) -> Tensor:
+        """Logits at chosen positions.
+
+        Args:
+            hidden_states: ``[S, N, H]`` of the last stage.
+            wanted: ``[N, S]``, nonzero where logits are wanted (row by row).
+
+        Returns:
+            ``[M, V]``, whole on every tensor-parallel rank, vocabulary padding cut off.
+        """
+        positions = wanted.flatten().nonzero().squeeze(1)
+        logits = self._logits_at(hidden_states, positions, row_length=wanted.shape[1])
+        return tensor_parallel.gather_from_tensor_model_parallel_region(logits)[:, : self.vocab_size]
+
+    def _logits_at(self, hidden_states: Tensor, positions: Tensor, row_length: int) -> Tensor:
+        """Return ``[M, V / tp]`` logits at flat positions ``n * S + s``; padded tokens get -inf."""
+        if self.config.sequence_parallel:
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False
+            )
+        num_rows = hidden_states.shape[1]
+        rows, columns = positions // row_length, positions % row_length
+        chosen = hidden_states.flatten(0, 1).index_select(0, columns * num_rows + rows)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(chosen, weight=weight)
+        first_token = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        num_real = max(0, self.vocab_size - first_token)
+        if num_real < logits.shape[-1]:
+            is_padding = torch.arange(logits.shape[-1], device=logits.device) >= num_real
+            logits = logits.masked_fill(is_padding, float("-inf"))
+        return logits

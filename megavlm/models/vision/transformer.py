@@ -1,0 +1,239 @@
+"""What the vision transformers have in common: their config's fields, and the module around megatron-core's layers.
+
+A kind adds its own fields, its layer spec and its family's constants (``clip.py``, ``internvit.py``). Shape letters: T
+tiles, P patches of a tile, D hidden width.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pydantic
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megavlm.config import Config
+from megavlm.models.backend import Backend, block_spec
+from megavlm.models.vision.tile_embedding import TileEmbedding
+from megavlm.models.weights import mark_padded
+
+_WHOLE_ON_FIRST_STAGE = {
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "pipeline_model_parallel_layout": None,
+    "num_layers_in_first_pipeline_stage": None,
+    "num_layers_in_last_pipeline_stage": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "defer_embedding_wgrad_compute": False,
+    "sequence_parallel": False,
+    "tp_comm_overlap": False,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+}
+_HEAD_SHARDED = (
+    "linear_qkv.weight",
+    "linear_qkv.bias",
+    "linear_proj.weight",
+    "q_layernorm.weight",
+    "k_layernorm.weight",
+)
+
+
+def first_stage_config(megatron_settings: Mapping[str, Any], **fields: Any) -> TransformerConfig:
+    """Return megatron-core's config of a part that runs whole on the first pipeline stage.
+
+    Such a part (a vision encoder, a connector) shares the tensor-parallel layout and the precision of the language
+    model, and nothing else of the layout: a tile is short, so it is neither split over the sequence nor over stages.
+
+    Args:
+        megatron_settings: TransformerConfig arguments that come from the layout and the precision.
+        fields: the part's own TransformerConfig arguments.
+    """
+    own = {
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        # megatron-core's fused bias and GELU computes the tanh approximation, whatever activation_func says.
+        "bias_activation_fusion": False,
+    }
+    return TransformerConfig(**{**megatron_settings, **_WHOLE_ON_FIRST_STAGE, **own, **fields})
+
+
+class VisionTransformerConfig(Config):
+    """Fields of every vision transformer. Names of the layers' numbers are megatron-core's."""
+
+    image_size: pydantic.PositiveInt
+    """Side of a square tile, pixels."""
+    patch_size: pydantic.PositiveInt
+    """Side of a square patch, pixels."""
+    num_layers: pydantic.PositiveInt
+    """Layers of the published encoder; ``select_layer`` decides how many are built."""
+    hidden_size: pydantic.PositiveInt
+    """Width D of the features."""
+    ffn_hidden_size: pydantic.PositiveInt
+    """Width inside the feed-forward layer."""
+    num_attention_heads: pydantic.PositiveInt
+    """Real heads. Where tensor parallelism does not divide them, zero dummy heads are added."""
+    select_layer: pydantic.NegativeInt = -1
+    """Whose output are the features: -1 the last layer's, -2 the last but one's (which is then never built)."""
+    keep_class_token: bool = False
+    """Give the class token's output as first feature; published models drop it."""
+    init_method_std: pydantic.PositiveFloat = 0.02
+    """Standard deviation of fresh weights."""
+
+    @pydantic.model_validator(mode="after")
+    def _sizes_fit(self) -> "VisionTransformerConfig":
+        for divisor in ("patch_size", "num_attention_heads"):
+            whole = "image_size" if divisor == "patch_size" else "hidden_size"
+            if getattr(self, whole) % getattr(self, divisor):
+                raise ValueError(
+                    f"model.vision.{whole}={getattr(self, whole)}: is not a multiple of "
+                    f"{divisor}={getattr(self, divisor)}. Change one of them."
+                )
+        if -self.select_layer > self.num_layers:
+            raise ValueError(
+                f"model.vision.select_layer={self.select_layer}: the encoder has num_layers={self.num_layers}. "
+                f"Choose -1 to -{self.num_layers}."
+            )
+        return self
+
+    @property
+    def num_patches(self) -> int:
+        """Features P that one tile gives (the class token counts only where it is kept)."""
+        return (self.image_size // self.patch_size) ** 2 + self.keep_class_token
+
+    @property
+    def num_layers_built(self) -> int:
+        """Layers up to the selected one."""
+        return self.num_layers + 1 + self.select_layer
+
+    def check_layout(self, tensor_model_parallel_size: int) -> None:
+        """Check that the encoder can be split. Any number of heads can: dummy heads fill up.
+
+        Raises:
+            ValueError: the feed-forward width does not divide by the tensor-parallel size.
+        """
+        if self.ffn_hidden_size % tensor_model_parallel_size:
+            raise ValueError(
+                f"model.vision.ffn_hidden_size={self.ffn_hidden_size}: is not a multiple of "
+                f"tensor_model_parallel_size={tensor_model_parallel_size}. Choose a size that divides it."
+            )
+
+    def transformer_config(self, megatron_settings: Mapping[str, Any], **fields: Any) -> TransformerConfig:
+        """Return megatron-core's config of the layers, heads padded to a multiple of the tensor-parallel size.
+
+        Args:
+            megatron_settings: TransformerConfig arguments that come from the layout and the precision.
+            fields: what the kind adds (normalization, activation_func, biases).
+
+        Raises:
+            ValueError: the feed-forward width does not divide by the tensor-parallel size.
+        """
+        tp = megatron_settings.get("tensor_model_parallel_size", 1)
+        self.check_layout(tp)
+        num_heads = -(-self.num_attention_heads // tp) * tp
+        return first_stage_config(
+            megatron_settings,
+            num_layers=self.num_layers_built,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=num_heads,
+            num_query_groups=num_heads,
+            kv_channels=self.hidden_size // self.num_attention_heads,
+            init_method_std=self.init_method_std,
+            **fields,
+        )
+
+
+class VisionTransformer(MegatronModule):
+    """Tile embedding and pre-norm transformer layers, without a norm at the end."""
+
+    def __init__(
+        self,
+        config: VisionTransformerConfig,
+        transformer_config: TransformerConfig,
+        embedding: TileEmbedding,
+        layer: ModuleSpec,
+        backend: Backend,
+        *,
+        has_pre_layernorm: bool,
+    ) -> None:
+        """Build the encoder.
+
+        Args:
+            config: of the kind.
+            transformer_config: see :meth:`VisionTransformerConfig.transformer_config`.
+            embedding: tiles to hidden states.
+            layer: spec of one layer; its attention must see both ways.
+            backend: where the norms come from.
+            has_pre_layernorm: whether a norm stands before the first layer.
+        """
+        super().__init__(transformer_config)
+        self.keep_class_token = config.keep_class_token
+        self.embedding = embedding
+        self.pre_layernorm = None
+        if has_pre_layernorm:
+            self.pre_layernorm = backend.norm(
+                config=transformer_config,
+                hidden_size=transformer_config.hidden_size,
+                eps=transformer_config.layernorm_epsilon,
+            )
+        self.encoder = TransformerBlock(
+            config=transformer_config,
+            spec=block_spec(backend, [layer] * transformer_config.num_layers),
+            post_layer_norm=False,
+        )
+        if transformer_config.num_attention_heads != config.num_attention_heads:
+            self._mark_dummy_heads(config.hidden_size)
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """Encode tiles.
+
+        Args:
+            tiles: ``[T, 3, H, W]``: uint8 pixels, or floats already normalised.
+
+        Returns:
+            ``[T, P, D]`` (a view: its memory is ``[P, T, D]``).
+
+        Raises:
+            ValueError: the tiles have another shape than the encoder takes.
+        """
+        hidden_states = self.embedding(tiles)
+        if self.pre_layernorm is not None:
+            hidden_states = self.pre_layernorm(hidden_states)
+        features = self.encoder(hidden_states, attention_mask=None)
+        return features[0 if self.keep_class_token else 1 :].transpose(0, 1)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return megatron-core's sharded state dict; tensors split over heads load under any number of dummy heads."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for name, tensor in sharded.items():
+            if name.endswith(_HEAD_SHARDED):
+                tensor.allow_shape_mismatch = True
+        return sharded
+
+    def _mark_dummy_heads(self, real_width: int) -> None:
+        """Say which rows and columns are real. The dummies stand last and hold zeros.
+
+        A zero head attends evenly to zero values and meets zero columns in the output projection, so it adds nothing and
+        every gradient of its weights is zero: it stays zero.
+        """
+        unpadded: dict[str, Callable[[torch.Size], tuple[int, ...]]] = {
+            "linear_qkv.weight": lambda shape: (3 * real_width, shape[1]),
+            "linear_qkv.bias": lambda shape: (3 * real_width,),
+            "linear_proj.weight": lambda shape: (shape[0], real_width),
+            "q_layernorm.weight": lambda shape: (real_width,),
+            "k_layernorm.weight": lambda shape: (real_width,),
+        }
+        for name, parameter in self.encoder.named_parameters():
+            leaf = ".".join(name.split(".")[-2:])
+            if leaf in unpadded:
+                mark_padded(parameter, unpadded[leaf](parameter.shape))

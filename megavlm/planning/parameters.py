@@ -1,0 +1,39 @@
+"""Counts the parameters of a recipe's model, part by part, without memory for them."""
+
+from collections import Counter
+
+from megatron.core import parallel_state
+from rich.console import Console
+from rich.table import Table
+
+from megavlm.engines import MegatronEngineConfig
+from megavlm.models.vlm import VLM
+from megavlm.models.weights import count_parameters
+from megavlm.recipe import Recipe
+from megavlm.runtime.fake_world import fake_world
+
+
+def count_recipe_parameters(recipe: Recipe) -> Counter[str]:
+    """Return parameters per part of the whole model, vocabulary and head padding not counted.
+
+    The model is built on the ``meta`` device, undivided; the recipe's layout does not matter. The tokenizer's vocabulary
+    counts unless ``model.language.vocab_size`` is given.
+
+    Raises:
+        ValueError: the tokenizer is needed and cannot be read.
+    """
+    vocab_size = recipe.model.language.vocab_size or recipe.tokenizer.build().vocab_size
+    with fake_world(world_size=1, rank=0):
+        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+        settings = MegatronEngineConfig(precision=recipe.engine.precision).megatron_settings()
+        model = VLM(recipe.model, settings, vocab_size=vocab_size, image_token_id=vocab_size - 1)
+        return count_parameters([model])
+
+
+def print_parameters(counts: Counter[str]) -> None:
+    """Print parameters per part and their sum."""
+    table = Table("part", "parameters", title="Parameters")
+    for name, count in counts.items():
+        table.add_row(name, f"{count:,}")
+    table.add_row("all", f"{counts.total():,}")
+    Console().print(table)

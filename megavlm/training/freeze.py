@@ -1,0 +1,21 @@
+"""Which parts of a model train in a stage."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from megavlm.models.vlm import PARTS
+
+
+def freeze_except(chunks: Sequence[torch.nn.Module], trainable: Iterable[str]) -> None:
+    """Set ``requires_grad`` of every parameter, in place: True in the named parts, False in the others.
+
+    Args:
+        chunks: this rank's (unwrapped) model chunks; a part may be absent from them.
+        trainable: names of ``megavlm.models.vlm.PARTS``.
+    """
+    wanted = set(trainable)
+    assert wanted <= set(PARTS), wanted
+    for chunk in chunks:
+        for name, part in chunk.named_children():
+            part.requires_grad_(name in wanted)

@@ -1,0 +1,260 @@
+"""The training loop: one stage of one run, from its recipe to its last checkpoint."""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from megavlm.build import Parts, build_parts
+from megavlm.checkpoint import AsyncSaver, RunFolder, find_checkpoint, load_checkpoint, save_checkpoint
+from megavlm.config import dump_recipe, save_recipe
+from megavlm.data import Dataset, Loader
+from megavlm.engines.feed import Feed, is_reader
+from megavlm.models.initialization import initialize_weights
+from megavlm.models.weights import count_parameters
+from megavlm.recipe import Recipe
+from megavlm.runtime.log import LOGGER
+from megavlm.runtime.process import Process
+from megavlm.runtime.signals import StopRequest, stop_on_signals
+from megavlm.training.freeze import freeze_except
+from megavlm.training.picture import draw_loss
+from megavlm.training.report import Report
+from megavlm.training.schedule import build_schedule, current_lr
+
+
+@dataclass
+class Position:
+    """How far a run is."""
+
+    iteration: int = 0
+
+    def consumed_samples(self, recipe: Recipe) -> int:
+        """Samples of the data order that are behind the run."""
+        return self.iteration * recipe.training.global_batch_size
+
+
+def train(recipe: Recipe, process: Process) -> None:
+    """Run one stage: start or resume, train, validate, save, draw.
+
+    The default process group must exist. A run folder that holds a checkpoint is resumed, with the same losses and the
+    same data as if it had never stopped.
+
+    Raises:
+        ValueError: something in the recipe, the data or the checkpoint does not fit; said before the first step where
+            it can be known.
+    """
+    folder = RunFolder(recipe.checkpoint.save)
+    started = time.perf_counter()
+    if process.rank == 0:
+        folder.clean()
+    parts = build_parts(recipe, world_size=process.world_size)
+    train_data, valid_data = _open_data(recipe) if is_reader() else (None, None)
+    position = _prepare_model(parts, folder)
+    if process.rank == 0:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, folder.path / "recipe.yaml")
+    if position.iteration >= recipe.training.train_iters:
+        LOGGER.info("%s: all %d steps are done already.", folder.path, recipe.training.train_iters)
+        return
+    steps = validation = None
+    if train_data is not None:
+        consumed_samples = position.consumed_samples(recipe)
+        steps = iter(_build_loader(parts, train_data, endless=True, consumed_samples=consumed_samples))
+    if valid_data is not None:
+        validation = _build_loader(parts, valid_data, endless=False)
+    feed = Feed(steps)
+    LOGGER.info("ready after %.1f s", time.perf_counter() - started)
+    with (
+        stop_on_signals() as stop,
+        Report(
+            recipe, parts.engine, folder.path, is_writer=process.rank == 0, iteration=position.iteration
+        ) as report,
+    ):
+        _run_steps(parts, folder, position, feed, validation, report, stop)
+    if process.rank == 0:
+        LOGGER.info("loss curve: %s", draw_loss(folder.path))
+
+
+def _open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
+    """Open training and validation data; rows that cannot be used are told now."""
+    opened = []
+    for config in (recipe.data.train, recipe.data.valid):
+        dataset = config.build() if config is not None else None
+        if dataset is not None:
+            LOGGER.info("%d samples in %s, %d unusable rows left out", len(dataset), config.path, dataset.num_bad_rows)
+            for row in dataset.bad_rows:
+                LOGGER.warning("unusable row: %s", row)
+        opened.append(dataset)
+    return opened[0], opened[1]
+
+
+def _build_loader(parts: Parts, dataset: Dataset, *, endless: bool, consumed_samples: int = 0) -> Loader:
+    recipe, engine = parts.recipe, parts.engine
+    return Loader(
+        dataset,
+        parts.processor,
+        micro_batch_size=recipe.training.micro_batch_size,
+        global_batch_size=recipe.training.global_batch_size,
+        data_parallel_rank=engine.data_parallel_rank,
+        data_parallel_size=engine.data_parallel_size,
+        seed=recipe.training.seed,
+        shuffle=recipe.data.shuffle and endless,
+        num_workers=recipe.data.num_workers if endless else 0,
+        pad_multiple=parts.pad_multiple,
+        consumed_samples=consumed_samples,
+        endless=endless,
+        timeout_seconds=recipe.data.worker_timeout_seconds,
+    )
+
+
+def _prepare_model(parts: Parts, folder: RunFolder) -> Position:
+    """Build, fill, freeze and wrap the model; make the optimizer; load what there is to load."""
+    recipe, engine = parts.recipe, parts.engine
+    chunks = parts.build_chunks()
+    resume_from = find_checkpoint(folder)
+    if resume_from is None:
+        initialize_weights(chunks, recipe.training.seed)
+    freeze_except(chunks, recipe.training.trainable)
+    _log_parameters(parts, chunks)
+    engine.wrap(chunks)
+    engine.build_optimizer(recipe.training.optimizer)
+    if resume_from is not None:
+        _check_same_model(recipe, resume_from)
+        loaded = load_checkpoint(resume_from, engine, with_optimizer=True)
+        LOGGER.info("resuming %s after step %d", folder.path, loaded.iteration)
+        return Position(iteration=loaded.iteration)
+    if recipe.checkpoint.pretrained_checkpoint is not None:
+        load_checkpoint(recipe.checkpoint.pretrained_checkpoint, engine, with_optimizer=False)
+        LOGGER.info("starting from the weights of %s", recipe.checkpoint.pretrained_checkpoint)
+    return Position()
+
+
+def _run_steps(
+    parts: Parts,
+    folder: RunFolder,
+    position: Position,
+    feed: Feed,
+    validation: Loader | None,
+    report: Report,
+    stop: StopRequest,
+) -> None:
+    recipe, engine = parts.recipe, parts.engine
+    training, checkpoint = recipe.training, recipe.checkpoint
+    schedule = build_schedule(
+        engine.optimizer, training.optimizer, train_iters=training.train_iters, iteration=position.iteration
+    )
+    deadline = time.monotonic() + (training.exit_duration_in_mins or float("inf")) * 60.0
+    saver = _Saver(parts, folder)
+    saved_at = position.iteration
+    while position.iteration < training.train_iters:
+        waiting_since = time.perf_counter()
+        batches = next(feed)
+        data_wait = time.perf_counter() - waiting_since
+        schedule.step(increment=1)
+        result = engine.train_step(batches)
+        position.iteration += 1
+        saver.poll()
+        report.step(position.iteration, result, batches, current_lr(engine.optimizer), data_wait)
+
+        is_last = position.iteration == training.train_iters
+        must_stop = engine.any_rank(bool(stop) or time.monotonic() > deadline)
+        if is_last or (training.eval_interval and position.iteration % training.eval_interval == 0):
+            _validate(parts, position, validation, report)
+        if (
+            is_last
+            or must_stop
+            or (checkpoint.save_interval and position.iteration % checkpoint.save_interval == 0)
+        ):
+            saver.save(position)
+            saved_at = position.iteration
+            report.restart_clock()
+        if must_stop and not is_last:
+            reason = stop.name or "time is up"
+            LOGGER.info("stopping after step %d (%s); the same command resumes it", saved_at, reason)
+            break
+    saver.finish()
+
+
+def _validate(parts: Parts, position: Position, validation: Loader | None, report: Report) -> None:
+    """Mean loss over the whole validation data."""
+    if parts.recipe.data.valid is None:
+        return
+    loss_sum, num_tokens = 0.0, 0
+    for batches in Feed(iter(validation) if validation is not None else None):
+        step_loss, step_tokens = parts.engine.evaluate(batches)
+        loss_sum += step_loss
+        num_tokens += step_tokens
+    report.validation(position.iteration, loss_sum / max(1, num_tokens), num_tokens)
+    report.restart_clock()
+
+
+class _Saver:
+    """Saves checkpoints of a run, beside training if the recipe says so."""
+
+    def __init__(self, parts: Parts, folder: RunFolder) -> None:
+        self._parts = parts
+        self._folder = folder
+        self._asynchronous = AsyncSaver() if parts.recipe.checkpoint.async_save else None
+
+    def save(self, position: Position) -> None:
+        """Save, or begin to save, the run as it is now."""
+        recipe = self._parts.recipe
+        with _tokenizer_files(self._parts) as files:
+            save = self._asynchronous.save if self._asynchronous else save_checkpoint
+            save(
+                self._folder,
+                position.iteration,
+                self._parts.engine,
+                extra={"consumed_samples": position.consumed_samples(recipe)},
+                files={"recipe.yaml": dump_recipe(recipe), **files},
+                keep_last=recipe.checkpoint.keep_last,
+            )
+
+    def poll(self) -> None:
+        """Complete a checkpoint that has been written meanwhile."""
+        if self._asynchronous is not None and (path := self._asynchronous.poll()):
+            LOGGER.info("saved %s", path)
+
+    def finish(self) -> None:
+        """Wait for a checkpoint on its way."""
+        if self._asynchronous is not None:
+            self._asynchronous.finish()
+
+
+@contextlib.contextmanager
+def _tokenizer_files(parts: Parts) -> Iterator[dict[str, Path]]:
+    """The tokenizer's files, by their names in the checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        parts.tokenizer.save(Path(folder))
+        yield {f"tokenizer/{path.name}": path for path in Path(folder).iterdir()}
+
+
+def _log_parameters(parts: Parts, chunks: list) -> None:
+    """Say how many parameters each part has and which of them train."""
+    counts = count_parameters(chunks)
+    names = ("vision", "connector", "language")
+    totals = parts.engine.sum_over_ranks([float(counts[name]) for name in names])
+    for name, total in zip(names, totals, strict=True):
+        state = "trains" if name in parts.recipe.training.trainable else "frozen"
+        LOGGER.info("%-9s %15s parameters, %s", name, f"{total:,.0f}", state)
+
+
+def _check_same_model(recipe: Recipe, checkpoint: Path) -> None:
+    """A run is resumed with the model it was begun with.
+
+    Raises:
+        ValueError: the recipe describes another model than the checkpoint's.
+    """
+    saved = yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
+    for name, now in recipe.model_dump(mode="json")["model"].items():
+        before = saved["model"].get(name)
+        if before != now:
+            changed = [key for key in now if before is None or before.get(key) != now[key]]
+            raise ValueError(
+                f"checkpoint.save={recipe.checkpoint.save}: holds a run of another model: model.{name} differs in "
+                f"{', '.join(changed)}. Give this run another folder, or remove the old one."
+            )

@@ -1,0 +1,202 @@
+"""What a run tells while it trains: Megatron-LM's log line, TensorBoard points, a metrics file, a progress bar.
+
+Only rank 0 writes. ``metrics.jsonl`` holds one line per step and is what pictures are drawn from; a resumed run first
+cuts off the steps after its checkpoint.
+"""
+
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from megavlm.batch import Batch
+from megavlm.engines import MegatronEngine, StepResult
+from megavlm.recipe import Recipe
+from megavlm.runtime.log import LOGGER
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Report:
+    """Collects what each step did and says it every ``log_interval`` steps."""
+
+    def __init__(
+        self, recipe: Recipe, engine: MegatronEngine, folder: Path, *, is_writer: bool, iteration: int
+    ) -> None:
+        """Open the outputs.
+
+        Args:
+            recipe: of the run.
+            engine: adds up counts over the data-parallel ranks.
+            folder: the run folder.
+            is_writer: whether this rank writes (rank 0).
+            iteration: steps done before; later ones in the metrics file are cut off.
+        """
+        self._recipe = recipe
+        self._is_writer = is_writer
+        self._engine = engine
+        self._totals: Counter[str] = Counter()
+        """Skipped and nan iterations since the run (re)started."""
+        self._num_skipped_samples = 0
+        self._window: list[StepResult] = []
+        self._window_start = time.perf_counter()
+        self._window_data_wait = 0.0
+        self._metrics = self._tensorboard = self._progress = None
+        if not is_writer:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        _cut_metrics(folder / METRICS_FILE, after=iteration)
+        self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
+        if recipe.logging.tensorboard:
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
+        if sys.stdout.isatty():
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[loss]}"),
+            )
+            self._task = self._progress.add_task("training", total=recipe.training.train_iters, loss="")
+            self._progress.update(self._task, completed=iteration)
+            self._progress.start()
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the outputs."""
+        for output in (self._metrics, self._tensorboard):
+            if output is not None:
+                output.close()
+        if self._progress is not None:
+            self._progress.stop()
+
+    def restart_clock(self) -> None:
+        """Leave out of the next step time what is not training (validation, saving)."""
+        self._window_start = time.perf_counter()
+
+    def step(self, iteration: int, result: StepResult, batches: Sequence[Batch], lr: float, data_wait: float) -> None:
+        """Take in one step.
+
+        Args:
+            iteration: number of the step, from 1.
+            result: what it did.
+            batches: this rank's micro-batches, for the samples that were skipped in them.
+            lr: learning rate of the step.
+            data_wait: seconds that it waited for data.
+        """
+        self._window.append(result)
+        self._window_data_wait += data_wait
+        self._count(result)
+        for batch in batches:
+            for sample in batch.skipped:
+                self._num_skipped_samples += 1
+                LOGGER.warning(
+                    "skipped sample %s (%s): %s", sample.key, sample.reason, sample.message, extra={"any_rank": True}
+                )
+        if self._metrics is not None:
+            point = {"iteration": iteration, "lm loss": result.loss, "grad norm": result.grad_norm, "lr": lr}
+            point |= {"trained tokens": result.num_trained_tokens, "skip reason": result.skip_reason}
+            self._metrics.write(json.dumps(point) + "\n")
+        if self._progress is not None:
+            self._progress.update(self._task, completed=iteration, loss=f"loss {result.loss:.3f}")
+        if iteration % self._recipe.logging.log_interval == 0 or iteration == self._recipe.training.train_iters:
+            self._flush(iteration, lr)
+
+    def validation(self, iteration: int, loss: float, num_tokens: int) -> None:
+        """Say a validation loss, in Megatron-LM's words."""
+        perplexity = math.exp(min(20.0, loss))
+        line = (
+            f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {perplexity:.6E} |"
+            f" trained tokens: {num_tokens} |"
+        )
+        LOGGER.info("%s\n%s\n%s", "-" * len(line), line, "-" * len(line))
+        if self._metrics is not None:
+            self._metrics.write(json.dumps({"iteration": iteration, "lm loss validation": loss}) + "\n")
+        self._add_scalars(iteration, {"lm loss validation": loss, "lm loss validation ppl": perplexity})
+
+    def _count(self, result: StepResult) -> None:
+        if result.skip_reason is not None:
+            self._totals["skipped iterations"] += 1
+            LOGGER.warning("the weights were not updated: %s (grad norm %s)", result.skip_reason, result.grad_norm)
+        if not math.isfinite(result.grad_norm) or not math.isfinite(result.loss):
+            self._totals["nan iterations"] += 1
+
+    def _flush(self, iteration: int, lr: float) -> None:
+        """Write the log line and the TensorBoard points of the steps since the last one."""
+        num_steps = len(self._window)
+        now = time.perf_counter()
+        seconds = (now - self._window_start) / num_steps
+        trained = [step for step in self._window if step.num_trained_tokens]
+        loss = sum(step.loss for step in trained) / len(trained) if trained else 0.0
+        tokens = sum(step.num_trained_tokens for step in self._window) / num_steps
+        batch_size = self._recipe.training.global_batch_size
+        [skipped_samples] = self._engine.sum_over_replicas([self._num_skipped_samples])
+        # Widths and separators of Megatron-LM's training_log, which many scripts read; what is ours comes after.
+        LOGGER.info(
+            f"iteration {iteration:8d}/{self._recipe.training.train_iters:8d} |"
+            f" consumed samples: {iteration * batch_size:12d} |"
+            f" elapsed time per iteration (ms): {seconds * 1000.0:.1f} |"
+            f" learning rate: {lr:.6E} |"
+            f" global batch size: {batch_size:5d} |"
+            f" lm loss: {loss:.6E} |"
+            f" loss scale: 1.0 |"
+            f" grad norm: {self._window[-1].grad_norm:.3f} |"
+            f" number of skipped iterations: {self._totals['skipped iterations']:3d} |"
+            f" number of nan iterations: {self._totals['nan iterations']:3d} |"
+            f" trained tokens per iteration: {tokens:.0f} |"
+            f" data wait (ms): {self._window_data_wait / num_steps * 1000.0:.1f} |"
+            f" skipped samples: {skipped_samples:.0f} |"
+        )
+        points = {
+            "lm loss": loss,
+            "learning-rate": lr,
+            "batch-size": float(batch_size),
+            "grad-norm": self._window[-1].grad_norm,
+            "iteration-time": seconds,
+            "skipped-samples": skipped_samples,
+        }
+        self._add_scalars(iteration, points)
+        self._window.clear()
+        self._window_data_wait = 0.0
+        self._window_start = now
+
+    def _add_scalars(self, iteration: int, points: dict[str, float]) -> None:
+        if self._tensorboard is None:
+            return
+        samples = iteration * self._recipe.training.global_batch_size
+        for name, value in points.items():
+            self._tensorboard.add_scalar(name, value, iteration)
+            self._tensorboard.add_scalar(f"{name} vs samples", value, samples)
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Return the points of a run's metrics file, in the order they were written."""
+    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _cut_metrics(path: Path, after: int) -> None:
+    """Drop what a run that was killed wrote after the checkpoint it resumes from (its last line may be torn)."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            point = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if point["iteration"] <= after:
+            kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,196 @@
+"""A tiny NVLM-D, mixed batches for it, and one function that trains it under a layout and says what came out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megavlm.batch import Batch
+from megavlm.engines import MegatronEngine, MegatronEngineConfig, OptimizerSettings
+from megavlm.models.initialization import initialize_weights
+from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.runtime.seed import set_seed
+from megavlm.runtime.sharding import sharding_metadata
+
+VOCAB_SIZE = 100
+IMAGE_TOKEN_ID = 99
+TILE_SIZE = 28
+
+TINY: dict[str, Any] = {
+    "vision": {
+        "kind": "internvit",
+        "image_size": TILE_SIZE,
+        "patch_size": 7,
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "num_attention_heads": 4,
+        "normalization": "RMSNorm",
+        "qk_layernorm": True,
+        "add_qkv_bias": True,
+        "layer_scale": 1.0,
+        "init_method_std": 0.2,  # large weights, so that every gradient is far above rounding
+    },
+    "connector": {"kind": "mlp", "ffn_hidden_size": 64, "init_method_std": 0.2},
+    "fusion": {"kind": "decoder_only"},
+    "language": {
+        "num_layers": 4,
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "add_qkv_bias": True,
+        "init_method_std": 0.1,
+    },
+}
+
+
+@dataclass
+class Outcome:
+    """What some steps of training gave, on one rank."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    shards: list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]] = field(default_factory=list)
+    """Gradients of the last step: checkpoint key, full shape, offset, values."""
+
+
+def make_batch(rows: Sequence[Sequence[int]], seed: int, length: int = 40) -> Batch:
+    """Make a micro-batch.
+
+    Args:
+        rows: for each row the number of tiles of each of its images; empty for a text-only row.
+        seed: of tokens and pixels.
+        length: tokens of a row.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(rows), length)
+    tokens = torch.randint(0, IMAGE_TOKEN_ID, shape, generator=generator)
+    for row, images in enumerate(rows):
+        start = 1
+        for num_tiles in images:
+            tokens[row, start : start + 4 * num_tiles] = IMAGE_TOKEN_ID
+            start += 4 * num_tiles + 2
+    labels = torch.randint(0, IMAGE_TOKEN_ID, shape, generator=generator)
+    loss_mask = (torch.rand(shape, generator=generator) > 0.6).float() * (tokens != IMAGE_TOKEN_ID)
+    tiles_per_image = torch.tensor([tiles for images in rows for tiles in images], dtype=torch.int64)
+    return Batch(
+        tokens=tokens,
+        labels=labels,
+        loss_mask=loss_mask,
+        position_ids=torch.arange(length).repeat(len(rows), 1),
+        cu_seqlens=torch.arange(0, len(rows) * length + 1, length, dtype=torch.int32),
+        tiles=torch.randint(
+            0, 256, (int(tiles_per_image.sum()), 3, TILE_SIZE, TILE_SIZE), generator=generator, dtype=torch.uint8
+        ),
+        tiles_per_image=tiles_per_image,
+        visible_tiles=torch.zeros(*shape, 2, dtype=torch.int64),
+    )
+
+
+def mixed_batches(step: int) -> list[Batch]:
+    """Four micro-batches of different lengths: text only, one image, several images, and one that trains nothing."""
+    seed = 100 * step
+    batches = [
+        make_batch([[3], []], seed, length=24),
+        make_batch([[], []], seed + 1, length=32),
+        make_batch([[1, 4], [2]], seed + 2, length=40),
+        make_batch([[1], [2, 1, 1]], seed + 3, length=28),
+    ]
+    batches[3 if step % 2 else 0].loss_mask.zero_()
+    return batches
+
+
+def train_tiny(
+    engine_config: dict[str, Any],
+    trainable: Sequence[str] = ("vision", "connector", "language"),
+    num_steps: int = 3,
+    model: dict[str, Any] | None = None,
+    clip_grad: float = 1.0,
+) -> Outcome:
+    """Train on this rank's share of :func:`mixed_batches`. Gradients are those before clipping if ``clip_grad`` is 0."""
+    engine, chunks = build_tiny(engine_config, trainable, model)
+    engine.build_optimizer(OptimizerSettings(lr=1e-2, clip_grad=clip_grad))
+    outcome = Outcome()
+    for step in range(num_steps):
+        batches = mixed_batches(step)
+        result = engine.train_step(batches[engine.data_parallel_rank :: engine.data_parallel_size])
+        outcome.losses.append(result.loss)
+        outcome.grad_norms.append(result.grad_norm)
+    outcome.shards = gradient_shards(chunks)
+    return outcome
+
+
+def build_tiny(
+    engine_config: dict[str, Any],
+    trainable: Sequence[str] = ("vision", "connector", "language"),
+    model: dict[str, Any] | None = None,
+) -> tuple[MegatronEngine, list[torch.nn.Module]]:
+    """Build, initialise, freeze and wrap the model under a layout."""
+    config = VLMConfig.model_validate(model or TINY)
+    engine = MegatronEngine(MegatronEngineConfig(**engine_config))
+    engine.start()
+    set_seed(3)
+    chunks: list[torch.nn.Module] = [
+        VLM(
+            config,
+            engine.config.megatron_settings(),
+            vocab_size=VOCAB_SIZE,
+            image_token_id=IMAGE_TOKEN_ID,
+            pre_process=stage.pre_process,
+            post_process=stage.post_process,
+            vp_stage=stage.vp_stage,
+        )
+        for stage in engine.stages()
+    ]
+    initialize_weights(chunks, seed=7)
+    for chunk in chunks:
+        for name, part in chunk.named_children():
+            part.requires_grad_(name in trainable)
+    engine.wrap(chunks)
+    return engine, chunks
+
+
+def gradient_shards(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]:
+    """The gradients of this rank, each with its place in the full tensor. Needs unsharded gradient buffers."""
+    found = []
+
+    def visit(entry: Any) -> None:
+        if isinstance(entry, dict):
+            for value in entry.values():
+                visit(value)
+        elif isinstance(entry, ShardedTensorFactory):
+            gradient = getattr(entry.data, "main_grad", None)
+            if gradient is not None:
+                pieces = entry.build_fn(entry.key, gradient, entry.replica_id, entry.flattened_range)
+                for piece in pieces if isinstance(pieces, list) else [pieces]:
+                    add(piece, piece.data)
+        elif isinstance(entry, ShardedTensor):
+            gradient = getattr(entry.data, "main_grad", None)
+            if gradient is not None:
+                add(entry, gradient)
+
+    def add(shard: ShardedTensor, gradient: torch.Tensor) -> None:
+        values = gradient.detach().float().reshape(shard.local_shape).numpy().copy()
+        found.append((shard.key, tuple(shard.global_shape), tuple(shard.global_offset), values))
+
+    for chunk in chunks:
+        visit(chunk.sharded_state_dict(metadata=sharding_metadata()))
+    return found
+
+
+def assemble(outcomes: Sequence[Outcome]) -> dict[str, np.ndarray]:
+    """Put the shards of all ranks together. Copies of one shard must agree."""
+    full: dict[str, np.ndarray] = {}
+    for outcome in outcomes:
+        for key, shape, offset, values in outcome.shards:
+            target = full.setdefault(key, np.full(shape, np.nan, dtype=np.float32))
+            window = tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=True))
+            known = ~np.isnan(target[window])
+            np.testing.assert_allclose(target[window][known], values[known], rtol=1e-4, atol=1e-6, err_msg=key)
+            target[window] = values
+    assert not any(np.isnan(values).any() for values in full.values())
+    return full

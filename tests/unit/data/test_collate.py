@@ -1,0 +1,129 @@
+"""Batches: rows, padding, packed samples and rows of nothing."""
+
+import pytest
+import torch
+
+from megavlm.batch import SkippedSample
+from megavlm.data import Sample, collate, pack
+
+SKIPPED = SkippedSample("rows.jsonl:3", "over_length", "too long")
+
+
+def sample(num_tokens: int, tiles_per_image: tuple[int, ...] = (), fill: int = 7) -> Sample:
+    """Tokens ``fill * 100 + position``, of which the last two are trained; every token sees all of the tiles."""
+    tokens = torch.arange(num_tokens) + fill * 100
+    loss_mask = torch.zeros(num_tokens)
+    loss_mask[-3:-1] = 1
+    num_tiles = sum(tiles_per_image)
+    return Sample(
+        key=f"k{fill}",
+        tokens=tokens,
+        labels=tokens.roll(-1) * loss_mask.long(),
+        loss_mask=loss_mask,
+        visible_tiles=torch.tensor([[0, num_tiles]] * num_tokens),
+        tile_spans=torch.zeros(num_tiles, 2, dtype=torch.int64),
+        tiles=torch.full((num_tiles, 3, 4, 4), fill, dtype=torch.uint8),
+        tiles_per_image=torch.tensor(tiles_per_image, dtype=torch.int64),
+        tokens_per_image=(),
+    )
+
+
+def test_each_sample_gets_a_row() -> None:
+    batch = collate([sample(3, (2,), 1), sample(5, (), 2), sample(4, (1, 1), 3)], pad_id=9, tile_size=4, pad_multiple=4)
+    assert batch.tokens.tolist() == [
+        [100, 101, 102, 9, 9, 9, 9, 9],
+        [200, 201, 202, 203, 204, 9, 9, 9],
+        [300, 301, 302, 303, 9, 9, 9, 9],
+    ]
+    assert batch.labels.tolist() == [
+        [101, 102, 0, 0, 0, 0, 0, 0],
+        [0, 0, 203, 204, 0, 0, 0, 0],
+        [0, 302, 303, 0, 0, 0, 0, 0],
+    ]
+    assert batch.loss_mask.tolist() == (batch.labels > 0).float().tolist()
+    assert batch.position_ids.tolist() == [list(range(8))] * 3
+    assert batch.cu_seqlens.tolist() == [0, 8, 16, 24]
+    assert batch.tiles[:, 0, 0, 0].tolist() == [1, 1, 3, 3]
+    assert batch.tiles_per_image.tolist() == [2, 1, 1]
+    assert batch.visible_tiles[0].tolist() == [[0, 2]] * 3 + [[2, 2]] * 5
+    assert batch.visible_tiles[1].tolist() == [[2, 2]] * 8
+    assert batch.visible_tiles[2].tolist() == [[2, 4]] * 4 + [[4, 4]] * 4
+    assert not batch.is_packed
+    assert batch.skipped == []
+
+
+def test_the_types_are_those_of_the_contract() -> None:
+    batch = collate([sample(3)], pad_id=9, tile_size=4)
+    assert {name: tensor.dtype for name, tensor in batch.tensors().items()} == {
+        "tokens": torch.int64,
+        "labels": torch.int64,
+        "loss_mask": torch.float32,
+        "position_ids": torch.int64,
+        "cu_seqlens": torch.int32,
+        "tiles": torch.uint8,
+        "tiles_per_image": torch.int64,
+        "visible_tiles": torch.int64,
+    }
+    assert batch.tiles.shape == (0, 3, 4, 4)
+
+
+@pytest.mark.parametrize("nothing", [SKIPPED, None])
+def test_an_unusable_sample_is_an_empty_row(nothing: SkippedSample | None) -> None:
+    whole = [sample(4, (1,), 1), sample(3, (2,), 2), sample(4, (3,), 3)]
+    batch = collate([whole[0], nothing, whole[2]], pad_id=9, tile_size=4)
+    assert batch.tokens[1].tolist() == [9, 9, 9, 9]
+    assert batch.loss_mask[1].count_nonzero() == 0
+    assert batch.labels[1].count_nonzero() == 0
+    assert batch.tokens[2].tolist() == whole[2].tokens.tolist()
+    assert batch.visible_tiles[2].tolist() == [[1, 4]] * 4
+    assert batch.tiles_per_image.tolist() == [1, 3]
+    assert batch.cu_seqlens.tolist() == [0, 4, 8, 12]
+    assert batch.skipped == ([SKIPPED] if nothing else [])
+
+
+@pytest.mark.parametrize(("pad_multiple", "length"), [(1, 1), (8, 8)])
+def test_a_batch_of_nothing(pad_multiple: int, length: int) -> None:
+    batch = collate([SKIPPED, None], pad_id=9, tile_size=4, pad_multiple=pad_multiple)
+    assert batch.tokens.tolist() == [[9] * length] * 2
+    assert batch.loss_mask.sum() == 0
+    assert batch.tiles.shape == (0, 3, 4, 4)
+    assert batch.cu_seqlens.tolist() == [0, length, 2 * length]
+
+
+@pytest.mark.parametrize(("longest", "pad_multiple", "length"), [(5, 1, 5), (5, 5, 5), (5, 4, 8), (8, 4, 8), (3, 100, 100)])
+def test_rows_are_rounded_up(longest: int, pad_multiple: int, length: int) -> None:
+    batch = collate([sample(3), sample(longest)], pad_id=9, tile_size=4, pad_multiple=pad_multiple)
+    assert batch.tokens.shape == (2, length)
+
+
+def test_several_samples_in_a_row() -> None:
+    rows = [[sample(3, (2,), 1), SKIPPED, sample(4, (1,), 2)], [sample(5, (), 3)], [None]]
+    batch = pack(rows, pad_id=9, tile_size=4, pad_multiple=8)
+    assert batch.tokens[0].tolist() == [100, 101, 102, 200, 201, 202, 203, 9]
+    # The last position of a sample never predicts the first token of the next.
+    assert batch.labels[0].tolist() == [101, 102, 0, 0, 202, 203, 0, 0]
+    assert batch.loss_mask[0].tolist() == [1, 1, 0, 0, 1, 1, 0, 0]
+    # Padding is counted with the sample before it.
+    assert batch.position_ids[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+    assert batch.cu_seqlens.tolist() == [0, 3, 8, 16, 24]
+    assert batch.visible_tiles[0].tolist() == [[0, 2]] * 3 + [[2, 3]] * 4 + [[3, 3]]
+    assert batch.visible_tiles[1].tolist() == [[3, 3]] * 8
+    assert batch.tiles_per_image.tolist() == [2, 1]
+    assert batch.is_packed
+    assert batch.skipped == [SKIPPED]
+
+
+def test_packed_and_unpacked_hold_the_same_samples() -> None:
+    samples = [sample(4, (1,), 1), sample(6, (2, 1), 2), sample(3, (), 3)]
+    packed, apart = pack([samples], pad_id=0, tile_size=4), collate(samples, pad_id=0, tile_size=4)
+    assert torch.equal(packed.tiles, apart.tiles)
+    starts = packed.cu_seqlens.tolist()
+    for row, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        for name in ("tokens", "labels", "loss_mask", "position_ids", "visible_tiles"):
+            expected = getattr(apart, name)[row, : stop - start]
+            assert torch.equal(getattr(packed, name)[0, start:stop], expected), name
+
+
+def test_no_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="rows=0: a batch needs at least one row"):
+        collate([], pad_id=0, tile_size=4)

@@ -61,6 +61,7 @@ def check_run(recipe: Recipe, world_size: int) -> None:
     """
     language = recipe.model.language
     engine = recipe.engine
+    recipe.model.vision.check_layout(engine.tensor_model_parallel_size)
     divisor = language.make_vocab_size_divisible_by
     pad = engine.tensor_model_parallel_size if engine.sequence_parallel else 1
     check_parallel_config(

@@ -73,10 +73,11 @@ class Scans:
     def draw(self, digit: int, width: int, height: int, rng: np.random.Generator) -> Image.Image:
         """Return a random scan of ``digit``, scaled to ``width`` x ``height`` pixels, turned and slanted a little."""
         scan = Image.fromarray(self._ink[rng.choice(self.indices[digit])])
-        angle, slant = rng.uniform(-0.15, 0.15), rng.uniform(-0.2, 0.2)
-        # Maps a pixel of the glyph to a pixel of the scan, centre on centre.
-        across = 8 / width * np.cos(angle), 8 / width * (slant - np.sin(angle))
-        down = 8 / height * np.sin(angle), 8 / height * np.cos(angle)
+        angle, slant = rng.uniform(-0.12, 0.12), rng.uniform(-0.15, 0.15)
+        # Maps a pixel of the glyph to a pixel of the scan, centre on centre. The glyph is as large as 9 x 9 pixels of
+        # the scan, which has 8 x 8, so that turning cuts nothing off.
+        across = 9 / width * np.cos(angle), 9 / width * (slant - np.sin(angle))
+        down = 9 / height * np.sin(angle), 9 / height * np.cos(angle)
         affine = [value for x, y in (across, down) for value in (x, y, 4 - (x * width + y * height) / 2)]
         return scan.transform((width, height), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
 
@@ -90,7 +91,7 @@ def draw_ink(page: Page, scans: Scans, rng: np.random.Generator) -> Image.Image:
     ink = Image.new("L", (int(width), int(height)))
     for index, number in enumerate(page.numbers):
         row, column = divmod(index, page.columns)
-        glyph_height = round(cell_height * rng.uniform(0.5, 0.75))
+        glyph_height = round(cell_height * rng.uniform(0.6, 0.85))
         glyph_widths = np.round(np.minimum(glyph_height * rng.uniform(0.6, 0.85, 2), 0.46 * cell_width)).astype(int)
         free_width, free_height = cell_width - glyph_widths.sum(), cell_height - glyph_height
         left = column * cell_width + free_width * rng.uniform(0.1, 0.9)

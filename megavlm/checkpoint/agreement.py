@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch.distributed
+from torch.distributed.checkpoint import CheckpointException
 
 from megavlm.engines.guards import CHECKPOINT_ERRORS
 
 T = TypeVar("T")
 
 # megatron-core asserts what it finds in a state dict; torch.load says with a PickleError what is no data
-_ERRORS = (*CHECKPOINT_ERRORS, AssertionError, pickle.PickleError)
+_ERRORS: tuple[type[BaseException], ...] = (*CHECKPOINT_ERRORS, AssertionError, pickle.PickleError)
 
 
 def rank() -> int:
@@ -79,4 +80,8 @@ def _describe(error: BaseException, doing: str) -> str:
     """One sentence for an error: our own as they are, others with what was going on."""
     if type(error) is ValueError:
         return str(error)
-    return f"{doing}: failed with {type(error).__name__} ({error})."
+    where = ""
+    if isinstance(error, CheckpointException) and error.failures:  # its own text is every rank's traceback
+        failed, (error, _) = min(error.failures.items())
+        where = f" on rank {failed}"
+    return f"{doing}: failed{where} with {type(error).__name__} ({str(error).splitlines()[0] if str(error) else ''})."

@@ -18,7 +18,7 @@ from megavlm.checkpoint.manifest import is_complete
 from megavlm.runtime.log import LOGGER
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
+RELEASE: Literal["release"] = "release"
 
 Iteration = int | Literal["release"]
 
@@ -46,8 +46,8 @@ class RunFolder:
         """Steps of all folders named like a checkpoint, damaged ones too; ``release`` first, then ascending."""
         matches = [_NAME.fullmatch(path.name) for path in self.path.iterdir()] if self.path.is_dir() else []
         steps = sorted(int(match.group(1)) for match in matches if match and match.group(1))
-        has_release = any(match and match.group(2) for match in matches)
-        return [*([RELEASE] if has_release else []), *steps]
+        release: list[Iteration] = [RELEASE] if any(match and match.group(2) for match in matches) else []
+        return [*release, *steps]
 
     def complete(self) -> list[Iteration]:
         """Those of :meth:`checkpoints` that have a manifest and every file of it at full size."""

@@ -189,7 +189,8 @@ def _load_tensors(folder: Path, engine: MegatronEngine, state: dict[str, Any], *
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             strategy = FullyParallelLoadStrategyWrapper(strategy, group)
         loaded = dist_checkpointing.load(state, str(folder), strategy)
-        put_back_empty_moments(state, loaded)
+        if with_optimizer:
+            put_back_empty_moments(state, loaded)
         engine.load_state_dict(loaded, with_optimizer=with_optimizer)
 
 

@@ -25,6 +25,7 @@ _CHUNK_BYTES = 8 * 2**20
 _LARGE_BYTES = 8 * 2**30
 """From here on hashing takes seconds, and says that it does."""
 _SECONDS_BETWEEN_HINTS = 30.0
+_REMEDY = "Copy it again, or choose another checkpoint."
 _WRITER = re.compile(r"(?:^__|^rng/rank_)(\d+)[_.]")
 """Files that carry the rank that wrote them in their name."""
 
@@ -92,7 +93,7 @@ def is_complete(folder: Path) -> bool:
         entries = read_manifest(folder)
     except ValueError:
         return False
-    return all(_size_problem(folder, name, entry) is None for name, entry in entries.items())
+    return not _find_wrong_sizes(folder, entries)
 
 
 def verify(folder: Path) -> None:
@@ -109,12 +110,12 @@ def verify(folder: Path) -> None:
 def find_damage(folder: Path) -> str | None:
     """What :func:`verify` would say, or None. Collective."""
     entries: dict[str, FileEntry] = {}
+    problems: dict[str, str] = {}
     try:
         entries = read_manifest(folder)
-        problems = {name: _size_problem(folder, name, entry) for name, entry in sorted(entries.items())}
+        problems = _find_wrong_sizes(folder, entries)
     except ValueError as error:
-        problems = {"": str(error)}
-    problems = {name: problem for name, problem in problems.items() if problem is not None}
+        problems = {MANIFEST_NAME: str(error)}
     if not any(gather(bool(problems))):  # nothing is hashed of what is known to be damaged
         mine = _share({name: entry.size for name, entry in entries.items()}, world_size())[rank()]
         problems = _find_changes(folder, {name: entries[name] for name in mine})
@@ -173,18 +174,16 @@ def _hash_file(path: Path, progress: _Progress) -> FileEntry:
     return FileEntry(size, digest.hexdigest())
 
 
-def _size_problem(folder: Path, name: str, entry: FileEntry) -> str | None:
-    path = folder / name
-    try:
-        size = path.stat().st_size
-    except OSError:
-        return f"{path}: is missing. Copy it again, or choose another checkpoint."
-    if size != entry.size:
-        return (
-            f"{path}: has {size} bytes, and had {entry.size} when it was saved. Copy it again, or choose another "
-            "checkpoint."
-        )
-    return None
+def _find_wrong_sizes(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, str]:
+    """Return a sentence for each file that is not there, or not whole. Nothing is read."""
+    problems = {}
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file():
+            problems[name] = f"{path}: is missing. {_REMEDY}"
+        elif (size := path.stat().st_size) != entry.size:
+            problems[name] = f"{path}: has {size} bytes, and had {entry.size} when it was saved. {_REMEDY}"
+    return problems
 
 
 def _find_changes(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, str]:
@@ -192,10 +191,10 @@ def _find_changes(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, s
     try:
         found = hash_files(folder, list(entries))
     except OSError as error:
-        return {str(error.filename): f"{error.filename}: cannot be read ({error.strerror}). Choose another checkpoint."}
+        return {str(error.filename): f"{error.filename}: cannot be read ({error.strerror}). {_REMEDY}"}
     return {
         name: f"{folder / name}: has changed since it was saved (sha256 {found[name].sha256[:12]}..., was "
-        f"{entry.sha256[:12]}...). Copy it again, or choose another checkpoint."
+        f"{entry.sha256[:12]}...). {_REMEDY}"
         for name, entry in entries.items()
         if found[name] != entry
     }

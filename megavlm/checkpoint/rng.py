@@ -17,7 +17,7 @@ from megavlm.runtime.seed import set_seed
 def capture_rng() -> dict[str, Any]:
     """Return the states of this rank's generators, JSON-able."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
     states = {
         "python": [version, list(words), gauss],

@@ -7,6 +7,7 @@ and then the folder gets its name. Until then nothing of the run folder has chan
 
 import contextlib
 import errno
+import io
 import json
 import shutil
 import time
@@ -33,8 +34,15 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
 from megavlm.checkpoint import durable
 from megavlm.checkpoint.agreement import agreed, from_rank_0, gather, rank
-from megavlm.checkpoint.folder import RELEASE, Iteration, RunFolder
-from megavlm.checkpoint.layout import LAYOUT_NAME, CheckpointInfo, Layout, drop_empty_moments, unpadded_shapes
+from megavlm.checkpoint.folder import Iteration, RunFolder
+from megavlm.checkpoint.layout import (
+    LAYOUT_NAME,
+    CheckpointInfo,
+    Layout,
+    drop_empty_moments,
+    sharded_leaves,
+    unpadded_shapes,
+)
 from megavlm.checkpoint.manifest import MANIFEST_NAME, list_files, write_manifest
 from megavlm.checkpoint.pickles import COMMON_NAME, METADATA_NAME, read_metadata
 from megavlm.checkpoint.rng import capture_rng
@@ -44,8 +52,11 @@ from megavlm.runtime.sharding import sharding_metadata
 
 EXTRA_NAME = "extra.json"
 _OWN_NAMES = (MANIFEST_NAME, LAYOUT_NAME, EXTRA_NAME, METADATA_NAME, COMMON_NAME, "metadata.json", "rng")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_NUM_THREADS = 2  # files, and threads that write them, of each rank
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+# Of each rank, and of its files. torch loses what goes wrong in a second thread, and calls its file saved.
+_NUM_THREADS = 1
+_BYTES_AROUND = 1200
 
 File = str | bytes | Path
 """A file of the caller's: its text, its bytes, or the path of a file or folder to copy."""
@@ -89,6 +100,7 @@ class CheckpointWriter:
             self._written = from_rank_0(doing, lambda: self._folder.start_writing(self.iteration))
             state = engine.sharded_state_dict(with_optimizer=with_optimizer)
             drop_empty_moments(state)
+            self._num_bytes = sum(gather(_count_bytes(state)))
             shapes = {key: shape for part in gather(unpadded_shapes(state)) for key, shape in part.items()}
             with agreed(f"writing {self._written}"):
                 if rank() == 0:
@@ -151,7 +163,7 @@ class CheckpointWriter:
         self, extra_text: str, files: Mapping[str, File], shapes: dict[str, tuple[int, ...]]
     ) -> None:
         assert self._written is not None
-        info = CheckpointInfo(0 if self.iteration == RELEASE else self.iteration, Layout.of_this_run(), shapes)
+        info = CheckpointInfo(self.iteration if isinstance(self.iteration, int) else 0, Layout.of_this_run(), shapes)
         durable.write_file(self._written / EXTRA_NAME, extra_text.encode())
         durable.write_file(self._written / LAYOUT_NAME, info.dump())
         for name, content in files.items():
@@ -165,14 +177,14 @@ class CheckpointWriter:
         with agreed(f"writing {self._written}"):
             sharded, common = save_preprocess(state)
             if rank() == 0:
-                torch.save(common, self._written / COMMON_NAME)
-                durable.sync(self._written / COMMON_NAME)
+                buffer = io.BytesIO()
+                torch.save(common, buffer)
+                durable.write_file(self._written / COMMON_NAME, buffer.getvalue())
         if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
             with agreed(f"writing {self._written}"):
                 FullyParallelSaveStrategyWrapper(strategy, group).apply_saving_parallelization(sharded)
-        self._num_bytes = sum(gather(_count_bytes(sharded)))
         return sharded
 
     @contextlib.contextmanager
@@ -181,21 +193,26 @@ class CheckpointWriter:
         try:
             yield
         except ValueError as error:
-            numbers = [number for number in gather(_error_number(error)) if number is not None]
-            if rank() == 0 and self._written is not None:
-                shutil.rmtree(self._written, ignore_errors=True)
+            numbers = {number for number in gather(_error_number(error)) if number is not None}
             text = str(error)
-            raise ValueError(from_rank_0("explaining", lambda: self._explain(text, numbers))) from error
+            raise ValueError(from_rank_0("giving up", lambda: self._give_up(text, numbers))) from error
 
-    def _explain(self, text: str, error_numbers: list[int]) -> str:
+    def _give_up(self, text: str, error_numbers: set[int]) -> str:
+        """Remove what was written; return what to tell. On rank 0."""
         untouched = "Checkpoints saved before are as they were."
-        if any(number in _NO_SPACE for number in error_numbers):
+        is_full = bool(error_numbers & _NO_SPACE)
+        if self._written is not None and self._written.exists():
+            still_to_write = self._num_bytes - sum(path.stat().st_size for path in self._written.rglob("*.distcp"))
+            # the writer of torch hides the errno of a full disk now and then
+            is_full = is_full or shutil.disk_usage(self._written).free < still_to_write
+            shutil.rmtree(self._written, ignore_errors=True)
+        if is_full:
             free = shutil.disk_usage(self._folder.path).free
             return (
                 f"checkpoint.save={self._folder.path}: no space left on the disk: a checkpoint needs about "
                 f"{self._num_bytes} bytes and {free} are free. Make room, or save elsewhere. {untouched}"
             )
-        if errno.EACCES in error_numbers or errno.EROFS in error_numbers:
+        if error_numbers & _NOT_ALLOWED:
             return (
                 f"checkpoint.save={self._folder.path}: may not be written ({text}). Choose another folder. {untouched}"
             )
@@ -233,9 +250,12 @@ def _write(path: Path, content: File) -> None:
 
 
 def _check_all_there(written: Path) -> None:
-    """Rank 0 must see what all ranks wrote."""
-    seen = set(list_files(written))
-    unseen = sorted({info.relative_path for info in read_metadata(written).storage_data.values()} - seen)
+    """Rank 0 must see what all ranks wrote, and all that was to be written must have been."""
+    metadata = read_metadata(written)
+    num_planned = sum(len(getattr(entry, "chunks", (entry,))) for entry in metadata.state_dict_metadata.values())
+    if len(metadata.storage_data) != num_planned:
+        raise ValueError(f"{written}: {len(metadata.storage_data)} of {num_planned} tensors and objects were written.")
+    unseen = sorted({info.relative_path for info in metadata.storage_data.values()} - set(list_files(written)))
     if unseen:
         raise ValueError(
             f"checkpoint.save={written.parent}: rank 0 does not see {len(unseen)} files that other ranks wrote, first "
@@ -243,13 +263,10 @@ def _check_all_there(written: Path) -> None:
         )
 
 
-def _count_bytes(sharded: Any) -> int:
-    """Bytes that this rank will write."""
-    return sum(
-        leaf.data.nbytes
-        for leaf in nested_values(sharded)
-        if isinstance(leaf, ShardedTensor) and leaf.data is not None and is_main_replica(leaf.replica_id)
-    )
+def _count_bytes(state: Any) -> int:
+    """Bytes of the tensors that this rank answers for, and of what torch.save puts around each."""
+    mine = [leaf for leaf in sharded_leaves(state) if is_main_replica(leaf.replica_id)]
+    return sum((leaf.data.nbytes if isinstance(leaf.data, torch.Tensor) else 0) + _BYTES_AROUND for leaf in mine)
 
 
 def _error_number(error: BaseException | None) -> int | None:

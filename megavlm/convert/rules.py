@@ -120,7 +120,7 @@ class GatedMLP:
 
 @dataclass(frozen=True)
 class Rule:
-    """One row. Names may hold ``{layer}`` (a number) and ``{leaf}`` (``weight`` or ``bias``), the same on both sides."""
+    """One row. Names may hold ``{layer}`` (a number) and ``{leaf}`` (weight or bias), the same on both sides."""
 
     ours: str
     theirs: tuple[str, ...]

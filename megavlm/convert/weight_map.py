@@ -47,7 +47,7 @@ class WeightMap:
         )
 
     def our_key(self, their_name: str) -> str | None:
-        """Return the key that ``their_name`` is part of, or None (no row is about it, or our model has no use for it)."""
+        """Return the key that ``their_name`` is part of; None if no row is about it or our model has no use for it."""
         if self.is_unused(their_name):
             return None
         keys = (rule.our_key(their_name) for rule in self.rules)

@@ -27,7 +27,7 @@ class DataConfig(Config):
     thumbnail_tag: str = pydantic.Field(default="<tile_global_thumbnail>", min_length=1)
     """Tag of the thumbnail, and of the tile of a single-tile image. NVLM 34B: ``<tile_global>``."""
     image_wrapper: ImageWrapper = "nvlm"
-    """The text around an image: ``nvlm`` (``<Image>``, ``</Image>``), ``internvl`` (``<img>``, ``</img>``), ``none``."""
+    """The text around an image: ``nvlm`` (``<Image>...</Image>``), ``internvl`` (``<img>...</img>``) or ``none``."""
     chat_template: str = "chatml"
     """How a conversation is written; one of ``megavlm.data.chat_template.CHAT_TEMPLATES``."""
     system_prompt: str | None = None

@@ -192,12 +192,12 @@ class MegatronEngine:
         """Make megatron-core's process groups. The default process group must exist and the layout be checked
         (:func:`megavlm.runtime.layout.check_parallel_config`)."""
         guards.install_optimizer()
+        guards.supply_missing_names()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=self.config.tensor_model_parallel_size,
             pipeline_model_parallel_size=self.config.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=self.config.virtual_pipeline_model_parallel_size,
             distributed_timeout_minutes=math.ceil(self.config.distributed_timeout_minutes),
-            create_gloo_process_groups=False,
         )
 
     @property
@@ -280,7 +280,6 @@ class MegatronEngine:
                 overlap_param_gather=self.config.overlap_param_gather,
             ),
             self._wrapped,
-            use_gloo_process_groups=False,
         )
         return self.optimizer
 

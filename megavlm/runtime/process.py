@@ -1,8 +1,8 @@
 """Start and end of one process of a run: its device, its default process group, and a clean end.
 
-With torchrun or srun the usual variables (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``)
-say who it is. Without them it is the only process, and it needs no port that anybody else knows. megatron-core's own
-groups are made by the engine, after this; :func:`stop` ends both.
+With torchrun, or a launcher that sets the same variables (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``,
+``MASTER_PORT``), these say who it is. Without them it is the only process, and it needs no port that anybody else
+knows. megatron-core's own groups are made by the engine, after this; :func:`stop` ends both.
 """
 
 import atexit
@@ -72,7 +72,8 @@ def stop(*, clean: bool = True) -> None:
     """Leave megatron-core's groups and the default process group. Does nothing if there are none.
 
     A gloo process that exits without this aborts now and then ("terminate called without an active exception"), and
-    its launcher calls a good run a failure.
+    its launcher calls a good run a failure: gloo's thread waits for python's lock to free a finished collective's
+    tensors, and the interpreter that ends meanwhile kills the thread.
 
     Args:
         clean: all ranks come here: wait for them first, so that none closes connections that another still reads.
@@ -81,13 +82,15 @@ def stop(*, clean: bool = True) -> None:
     atexit.unregister(stop)
     if not torch.distributed.is_initialized():
         return
-    if clean:
-        torch.distributed.barrier()
-    elif torch.distributed.get_backend() == "nccl":
+    if not clean and torch.distributed.get_backend() == "nccl":
         return  # destroying nccl groups with work in flight can hang; the exit of a failed process frees them
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    try:
+        if clean:
+            torch.distributed.barrier()
+    finally:
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -109,7 +112,7 @@ def _read_launcher() -> tuple[int, int, int]:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']}: RANK is not set, so this process does not know which of them"
-                " it is. Start it with torchrun or srun."
+                " it is. Start it with torchrun."
             )
         return 0, 1, 0
     missing = [name for name in _LAUNCHER_VARIABLES if name not in given]

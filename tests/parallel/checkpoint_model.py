@@ -3,7 +3,9 @@
 Needs a default process group. Shape letters: N rows, S tokens a row.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from megavlm.engines import MegatronEngine, MegatronEngineConfig, OptimizerSetti
 from megavlm.models.backend import BACKENDS
 from megavlm.models.initialization import initialize_weights
 from megavlm.models.language import LanguageConfig, LanguageModel, decoder_layer_specs
+from megavlm.runtime.log import LOGGER
+from megavlm.runtime.seed import set_seed
 from megavlm.runtime.sharding import sharding_metadata
 
 VOCAB_SIZE = 50
@@ -32,6 +36,7 @@ LANGUAGE = LanguageConfig(
     num_query_groups=2,
     make_vocab_size_divisible_by=16,
 )
+SMALLEST = LANGUAGE.model_copy(update={"num_layers": 1})
 
 
 class TextModel(MegatronModule):
@@ -126,6 +131,25 @@ def _batches(engine: MegatronEngine, step: int) -> list[Batch]:
         )
         for row in rows
     ]
+
+
+def seed(number: int) -> None:
+    """Seed every random number generator, as a run does when it starts."""
+    set_seed(number)
+
+
+@contextlib.contextmanager
+def log_lines() -> Iterator[list[str]]:
+    """Collect what the project's log says in the block."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    level = LOGGER.level
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+    yield lines
+    LOGGER.removeHandler(handler)
+    LOGGER.setLevel(level)
 
 
 def leave() -> None:

@@ -32,7 +32,7 @@ import torch.distributed
 
 from megavlm.runtime import process
 
-DEFAULT_TIMEOUT_SECONDS = 60.0
+DEFAULT_TIMEOUT_SECONDS = 120.0
 _GRACE_SECONDS = 3.0  # after the first failure, for the other ranks to say theirs
 _OUTPUT_LINES = 40
 
@@ -144,9 +144,9 @@ def _start_ranks(world_size: int) -> Path:
             os.environ["OMP_NUM_THREADS"] = before
     _ranks.extend(started)
     for rank in started:
-        if not rank.connection.poll(120):
+        if not rank.connection.poll(300):
             close_ranks()
-            raise RankError("a rank did not start within 120 seconds")
+            raise RankError("a rank did not start within 300 seconds")
         rank.connection.recv()
     return _folder
 

@@ -49,8 +49,8 @@ from megavlm.runtime.seed import set_seed
 
 NUM_LAYERS, VOCAB_SIZE, SEQ_LENGTH, NUM_SAMPLES, NUM_STEPS = 4, 64, 16, 8, 2
 
-# Worst case seen over the layouts below: 3.0e-7 relative (loss and gradient norm, float32, 2 steps).
-RELATIVE_TOLERANCE = 2e-6
+# Worst case seen over the layouts below: 1.2e-7 relative (loss and gradient norm, float32, 2 steps).
+RELATIVE_TOLERANCE = 1e-6
 
 
 # ---- a tiny model and its training, in any layout --------------------------------------------------------------------
@@ -437,8 +437,8 @@ def _start_script(script: str, flag: Path) -> list[subprocess.Popen[bytes]]:
 def test_t7_exit_without_teardown_aborts(tmp_path: Path) -> None:
     without, stopped = _start_script(_EXIT_WITHOUT_STOP, tmp_path / "a"), _start_script(_EXIT_WITH_STOP, tmp_path / "b")
     try:
-        assert without[0].wait(timeout=60) == -signal.SIGABRT
-        assert [rank.wait(timeout=60) for rank in stopped] == [0, 0]
+        assert without[0].wait(timeout=180) == -signal.SIGABRT
+        assert [rank.wait(timeout=180) for rank in stopped] == [0, 0]
     finally:
         for rank in (*without, *stopped):
             rank.kill()

@@ -24,7 +24,7 @@ class JsonlDatasetConfig(Config):
     image_root: Path | None = None
     """Relative paths of images begin here; the file's own folder where not given."""
     bad_rows: BadRowPolicy = "error"
-    """What happens at opening if rows are malformed or lack an image file: ``error`` stops, ``skip`` leaves them out."""
+    """What to do, at opening, with rows that are malformed or lack an image file: ``error`` stops, ``skip`` goes on."""
     limit: int | None = pydantic.Field(default=None, ge=1)
     """Read only so many rows from the file's beginning."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megavlm.config import Config
 from megavlm.models.backend import Backend
-from megavlm.models.vision.transformer import first_stage_config
+from megavlm.models.first_stage import first_stage_config
 
 
 class MLPConnectorConfig(Config):
@@ -29,7 +29,7 @@ class MLPConnectorConfig(Config):
     num_layers: Literal[1, 2] = 2
     """2: linear, GELU, linear. 1: one linear layer."""
     ffn_hidden_size: pydantic.PositiveInt | None = None
-    """Width between the two layers; None: the language model's width (InternVL, LLaVA). NVLM: its feed-forward width."""
+    """Width between the two layers; None: the language model's (InternVL, LLaVA). NVLM has its feed-forward width."""
     bias: bool = False
     """Bias of the linear layers (NVLM: no; InternVL, LLaVA: yes)."""
     layernorm: bool = True

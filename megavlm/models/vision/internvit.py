@@ -141,7 +141,7 @@ class FullWidthRMSNorm(torch.nn.Module):
         flat = states.flatten(2)
         squares = flat.float().square().sum(-1, keepdim=True)
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
-            # Every rank uses the sum, so its gradient is the sum of all ranks' gradients: reduce forward, reduce backward.
+            # Every rank uses the sum, so the sum's gradient is the sum over ranks as well: reduce both ways.
             squares = tensor_parallel.reduce_from_tensor_model_parallel_region(squares)
             squares = tensor_parallel.copy_to_tensor_model_parallel_region(squares)
         scale = torch.rsqrt(squares / self.full_width + self.eps)

@@ -17,23 +17,10 @@ from torch import Tensor
 
 from megavlm.config import Config
 from megavlm.models.backend import Backend, block_spec
+from megavlm.models.first_stage import first_stage_config
 from megavlm.models.vision.tile_embedding import TileEmbedding
 from megavlm.models.weights import mark_padded
 
-_WHOLE_ON_FIRST_STAGE = {
-    "pipeline_model_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": None,
-    "pipeline_model_parallel_layout": None,
-    "num_layers_in_first_pipeline_stage": None,
-    "num_layers_in_last_pipeline_stage": None,
-    "account_for_embedding_in_pipeline_split": False,
-    "account_for_loss_in_pipeline_split": False,
-    "defer_embedding_wgrad_compute": False,
-    "sequence_parallel": False,
-    "tp_comm_overlap": False,
-    "context_parallel_size": 1,
-    "expert_model_parallel_size": 1,
-}
 _HEAD_SHARDED = (
     "linear_qkv.weight",
     "linear_qkv.bias",
@@ -41,25 +28,6 @@ _HEAD_SHARDED = (
     "q_layernorm.weight",
     "k_layernorm.weight",
 )
-
-
-def first_stage_config(megatron_settings: Mapping[str, Any], **fields: Any) -> TransformerConfig:
-    """Return megatron-core's config of a part that runs whole on the first pipeline stage.
-
-    Such a part (a vision encoder, a connector) shares the tensor-parallel layout and the precision of the language
-    model, and nothing else of the layout: a tile is short, so it is neither split over the sequence nor over stages.
-
-    Args:
-        megatron_settings: TransformerConfig arguments that come from the layout and the precision.
-        fields: the part's own TransformerConfig arguments.
-    """
-    own = {
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        # megatron-core's fused bias and GELU computes the tanh approximation, whatever activation_func says.
-        "bias_activation_fusion": False,
-    }
-    return TransformerConfig(**{**megatron_settings, **_WHOLE_ON_FIRST_STAGE, **own, **fields})
 
 
 class VisionTransformerConfig(Config):
@@ -223,8 +191,8 @@ class VisionTransformer(MegatronModule):
     def _mark_dummy_heads(self, real_width: int) -> None:
         """Say which rows and columns are real. The dummies stand last and hold zeros.
 
-        A zero head attends evenly to zero values and meets zero columns in the output projection, so it adds nothing and
-        every gradient of its weights is zero: it stays zero.
+        A zero head attends evenly to zero values and meets zero columns in the output projection, so it adds nothing
+        and every gradient of its weights is zero: it stays zero.
         """
         unpadded: dict[str, Callable[[torch.Size], tuple[int, ...]]] = {
             "linear_qkv.weight": lambda shape: (3 * real_width, shape[1]),

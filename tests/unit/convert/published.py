@@ -72,6 +72,20 @@ def make_llama_tied() -> Published:
     return _randomized(model, config, llama.weight_map(config))
 
 
+def make_llama_3_1() -> Published:
+    config = language_config(rotary_base=500000, rope_scaling_factor=8.0)
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**TEXT, tie_word_embeddings=False, rope_parameters=rope))
+    return _randomized(model, config, llama.weight_map(config))
+
+
 def make_qwen2() -> Published:
     config = language_config(add_qkv_bias=True)
     model = Qwen2ForCausalLM(Qwen2Config(**TEXT, tie_word_embeddings=False))
@@ -129,6 +143,7 @@ def make_internvl_tied() -> Published:
 LANGUAGE_MODELS: dict[str, Callable[[], Published]] = {
     "llama": make_llama,
     "llama_tied": make_llama_tied,
+    "llama_3_1": make_llama_3_1,
     "qwen2": make_qwen2,
     "qwen2_tied": make_qwen2_tied,
 }

@@ -45,7 +45,8 @@ def test_there_and_back_is_bit_equal(layout: Layout, shapes: list[tuple[int, ...
     back = layout.split(layout.merge(theirs))
     assert len(back) == len(theirs)
     for found, expected in zip(back, theirs, strict=True):
-        assert found.dtype == torch.bfloat16 and found.is_contiguous()
+        assert found.dtype == torch.bfloat16
+        assert found.is_contiguous()
         assert torch.equal(found, expected)
 
 

@@ -110,7 +110,7 @@ def _train_sentencepiece(tmp_path_factory: pytest.TempPathFactory, **symbols: li
 
 
 def _sentences() -> list[str]:
-    words = "the a cat dog image shows red blue what is in this picture answer user assistant hello world".split()
+    words = ["the", "a", "cat", "dog", "image", "shows", "red", "blue", "what", "is", "in", "hello", "world"]
     draw = random.Random(0)
     return [" ".join(draw.choices(words, k=8)) for _ in range(300)] + ["<tile_1> <tile_global_thumbnail> </Image>"] * 9
 
@@ -155,9 +155,7 @@ def write_rows(tmp_path: Path) -> Callable[[Iterable[object]], Path]:
 
 def chat(question: str = "What?", answer: str = "A cat.", images: Iterable[str] = ()) -> dict[str, object]:
     """A LLaVA row of one question and answer."""
-    row: dict[str, object] = {
-        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    }
+    row: dict[str, object] = {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
     return row | ({"image": list(images)} if images else {})
 
 

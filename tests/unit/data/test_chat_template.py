@@ -50,9 +50,7 @@ EXPECTED_WITH_SYSTEM = {
     ),
     "plain": "Be brief.\n(image)\nWhat?\n{A cat.[end of text]}",
     "llava_plain": "Be brief.(image){A cat.[end of text]}",
-    "llama2": (
-        "[begin of text][INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n(image)\nWhat? [/INST]{ A cat. [end of text]}"
-    ),
+    "llama2": ("[begin of text][INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n(image)\nWhat? [/INST]{ A cat. [end of text]}"),
     "vicuna": "[begin of text]Be brief. USER: (image)\nWhat? ASSISTANT:{ A cat.[end of text]}",
 }
 
@@ -119,5 +117,3 @@ def test_an_image_in_an_answer_is_not_trained() -> None:
     messages = (Message("user", ("Draw.",)), Message("assistant", ("Here: ", PICTURE, " done")))
     segments = render(CHAT_TEMPLATES["chatml"], Conversation(messages), None)
     assert [s.is_trained for s in segments if s.content in ("Here: ", PICTURE, " done")] == [True, False, True]
-
-

@@ -1,5 +1,7 @@
 """Batches: rows, padding, packed samples and rows of nothing."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -90,7 +92,9 @@ def test_a_batch_of_nothing(pad_multiple: int, length: int) -> None:
     assert batch.cu_seqlens.tolist() == [0, length, 2 * length]
 
 
-@pytest.mark.parametrize(("longest", "pad_multiple", "length"), [(5, 1, 5), (5, 5, 5), (5, 4, 8), (8, 4, 8), (3, 100, 100)])
+@pytest.mark.parametrize(
+    ("longest", "pad_multiple", "length"), [(5, 1, 5), (5, 5, 5), (5, 4, 8), (8, 4, 8), (3, 100, 100)]
+)
 def test_rows_are_rounded_up(longest: int, pad_multiple: int, length: int) -> None:
     batch = collate([sample(3), sample(longest)], pad_id=9, tile_size=4, pad_multiple=pad_multiple)
     assert batch.tokens.shape == (2, length)
@@ -118,7 +122,7 @@ def test_packed_and_unpacked_hold_the_same_samples() -> None:
     packed, apart = pack([samples], pad_id=0, tile_size=4), collate(samples, pad_id=0, tile_size=4)
     assert torch.equal(packed.tiles, apart.tiles)
     starts = packed.cu_seqlens.tolist()
-    for row, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for row, (start, stop) in enumerate(itertools.pairwise(starts)):
         for name in ("tokens", "labels", "loss_mask", "position_ids", "visible_tiles"):
             expected = getattr(apart, name)[row, : stop - start]
             assert torch.equal(getattr(packed, name)[0, start:stop], expected), name

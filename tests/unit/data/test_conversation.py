@@ -37,7 +37,10 @@ TEXT = {"type": "text", "text": "What?"}
         (openai(TEXT), ("What?",)),
         (openai({"type": "image", "image": "cat.png"}, TEXT), (CAT, "What?")),
         (openai({"type": "image_url", "image_url": {"url": "cat.png"}}, TEXT), (CAT, "What?")),
-        (openai({"type": "image_url", "image_url": "data:image/png;base64,AA"}), (ImageRef("data:image/png;base64,AA"),)),
+        (
+            openai({"type": "image_url", "image_url": "data:image/png;base64,AA"}),
+            (ImageRef("data:image/png;base64,AA"),),
+        ),
         (openai({"type": "image", "url": "file:///a/cat.png"}, TEXT), (ImageRef("/a/cat.png"), "What?")),
         (openai({"type": "image"}, TEXT, {"type": "image"}, images=["cat.png", "dog.png"]), (CAT, "What?", DOG)),
         # In a list of parts a placeholder's spelling is text.
@@ -135,7 +138,10 @@ def turns(*pairs: tuple[Any, Any], **keys: Any) -> dict[str, Any]:
         (chat("<image>") | {"images": [{"bytes": "x"}]}, "images is an object, not a path"),
         (chat("<image>") | {"image": [""]}, "image is an empty or broken path"),
         (chat("<image>") | {"image": "a\0b"}, "image is an empty or broken path"),
-        (chat("<image>") | {"image": "https://a.org/b.png"}, "'https://a.org/b.png' is a remote address; .* not downloaded"),
+        (
+            chat("<image>") | {"image": "https://a.org/b.png"},
+            "'https://a.org/b.png' is a remote address; .* not downloaded",
+        ),
         (chat() | {"system": 4}, r"system is a number \(4\), not text"),
         (openai({"type": "video"}), "message 1 holds a part of type 'video'; known are parts of type text, image"),
         (openai({"type": "text"}), "message 1 holds a part of type 'text'"),

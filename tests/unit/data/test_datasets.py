@@ -68,7 +68,7 @@ def test_images_are_looked_for_beside_the_file_or_under_the_root(
     (tmp_path / "pictures").mkdir()
     (tmp_path / "a.png").rename(tmp_path / "pictures" / "a.png")
     path = write_kind([chat("<image>", images=["a.png"])])
-    with pytest.raises(ValueError, match=f"the image {tmp_path}/a.png is missing"):
+    with pytest.raises(ValueError, match=rf"the image {tmp_path}/a.png is missing"):
         open_dataset(kind, path)
     dataset = open_dataset(kind, path, image_root=tmp_path / "pictures")
     assert dataset[0][1].images[0].source == str(tmp_path / "pictures" / "a.png")
@@ -76,7 +76,7 @@ def test_images_are_looked_for_beside_the_file_or_under_the_root(
 
 def test_all_bad_rows_are_counted_and_ten_are_listed(kind: str, write_kind: Callable[[list[Any]], Path]) -> None:
     path = write_kind([{"bad": n} if n % 2 else chat() for n in range(30)])
-    with pytest.raises(ValueError, match="15 of 30 rows cannot be used. Mend them, or .*bad_rows=skip") as caught:
+    with pytest.raises(ValueError, match=r"15 of 30 rows cannot be used. Mend them, or .*bad_rows=skip") as caught:
         open_dataset(kind, path)
     lines = str(caught.value).splitlines()[1:]
     assert len(lines) == 11
@@ -110,7 +110,7 @@ def test_nothing_usable_is_an_error(kind: str, write_kind: Callable[[list[Any]],
 
 
 def test_a_missing_file(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"dataset.path={tmp_path}/no: cannot be read .No such file.*Check the path"):
+    with pytest.raises(ValueError, match=rf"dataset.path={tmp_path}/no: cannot be read .No such file.*Check the path"):
         open_dataset(kind, tmp_path / "no")
 
 
@@ -131,7 +131,7 @@ def test_a_damaged_line(write_rows: WriteRows, line: str, what: str) -> None:
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(json.dumps(chat()).encode() + b'\n{"a": "\xff\xfe\xfd"}\n')
-    with pytest.raises(ValueError, match="rows.jsonl:2: is not UTF-8 text"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: is not UTF-8 text"):
         open_dataset("jsonl", tmp_path / "rows.jsonl")
 
 
@@ -145,11 +145,11 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
 
 def test_the_other_kind_is_named(write_rows: WriteRows, tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps([chat()]))
-    with pytest.raises(ValueError, match="is one JSON list, not one object a line. Use kind=json"):
+    with pytest.raises(ValueError, match=r"is one JSON list, not one object a line. Use kind=json"):
         open_dataset("jsonl", tmp_path / "list.json")
-    with pytest.raises(ValueError, match="is not valid JSON .*needs kind=jsonl"):
+    with pytest.raises(ValueError, match=r"is not valid JSON .*needs kind=jsonl"):
         open_dataset("json", write_rows([chat(), chat()]))
-    with pytest.raises(ValueError, match="holds one dict, not a list of rows. .*needs kind=jsonl"):
+    with pytest.raises(ValueError, match=r"holds one dict, not a list of rows. .*needs kind=jsonl"):
         open_dataset("json", write_rows([chat()]))
 
 
@@ -158,10 +158,10 @@ def test_a_file_that_changes_while_training(write_rows: WriteRows) -> None:
     dataset = open_dataset("jsonl", path)
     assert dataset[1][1].messages[1] == Message("assistant", ("A cat.",))
     path.write_text("changed\n" * 100)
-    with pytest.raises(ValueError, match="rows.jsonl:2: is not valid JSON"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: is not valid JSON"):
         dataset[1]
     path.unlink()
-    with pytest.raises(ValueError, match="rows.jsonl:2: cannot be read any more"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: cannot be read any more"):
         dataset[1]
 
 

@@ -84,7 +84,9 @@ def test_two_images_in_two_turns(byte_tokenizer: Tokenizer) -> None:
     newline = byte_ids("\n")
     first = START + byte_ids("user\nA")
     image_1 = [byte_ids("x") + [IMAGE] * 2, byte_ids("yy") + [IMAGE] * 2]
-    turn_1 = END + newline + START + byte_ids("assistant\n") + byte_ids("B") + END + newline + START + byte_ids("user\n")
+    turn_1 = (
+        END + newline + START + byte_ids("assistant\n") + byte_ids("B") + END + newline + START + byte_ids("user\n")
+    )
     image_2 = [IMAGE] * 2
     turn_2 = byte_ids("C") + END + newline + START + byte_ids("assistant\n") + byte_ids("D") + END + newline
     assert expansion.tokens.tolist() == first + image_1[0] + image_1[1] + turn_1 + image_2 + turn_2
@@ -117,19 +119,17 @@ def test_text_alone(byte_tokenizer: Tokenizer) -> None:
 def test_the_text_before_an_image_in_an_answer_does_not_predict_it(byte_tokenizer: Tokenizer) -> None:
     segments = [Segment("ab", True), Segment(PICTURE, False), Segment("cd", True), Segment(EOS, True)]
     expansion = expand(encode_segments(segments, byte_tokenizer, "internvl"), [tagged("t", tokens_per_tile=1)], IMAGE)
-    expected = byte_ids("ab<img>t") + [IMAGE] + byte_ids("</img>cd") + [0]
+    expected = [*byte_ids("ab<img>t"), IMAGE, *byte_ids("</img>cd"), 0]
     assert expansion.tokens.tolist() == expected
     # "a" predicts "b"; "b" would predict the wrapper and does not; "</img>"'s last byte predicts "c".
     assert trained_ids(expansion) == byte_ids("b") + byte_ids("cd") + [0]
     assert expansion.loss_mask[:2].tolist() == [1.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    ("wrapper", "text"), [("nvlm", "<Image></Image>"), ("internvl", "<img></img>"), ("none", "")]
-)
+@pytest.mark.parametrize(("wrapper", "text"), [("nvlm", "<Image></Image>"), ("internvl", "<img></img>"), ("none", "")])
 def test_wrappers(byte_tokenizer: Tokenizer, wrapper: ImageWrapper, text: str) -> None:
     runs = encode_segments([Segment(PICTURE, False)], byte_tokenizer, wrapper)
-    assert sum((list(run.ids) for run in runs if isinstance(run, TokenRun)), []) == byte_ids(text)
+    assert [token for run in runs if isinstance(run, TokenRun) for token in run.ids] == byte_ids(text)
     assert sum(isinstance(run, ImageSlot) for run in runs) == 1
 
 
@@ -166,7 +166,7 @@ def test_only_the_very_first_text_starts_the_text(name: str) -> None:
 
 
 def test_a_missing_special_token_is_named(byte_tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="data.chat_template: needs the special token '<|nope|>'".replace("|", r"\|")):
+    with pytest.raises(ValueError, match=r"data.chat_template: needs the special token '<|nope|>'".replace("|", r"\|")):
         encode_segments([Segment(Special("<|nope|>"), False)], byte_tokenizer, "nvlm")
 
 

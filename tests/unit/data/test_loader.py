@@ -129,7 +129,9 @@ def test_an_endless_loader_goes_on_where_it_was_left(
 ) -> None:
     """What workers had made ahead when an iteration was left must neither be lost nor come twice."""
     loader = make_loader(num_workers=num_workers)
-    found = [[text for batch in step for text in answers(batch)] for count in (2, 1, 3) for step in steps(loader, count)]
+    found = [
+        [text for batch in step for text in answers(batch)] for count in (2, 1, 3) for step in steps(loader, count)
+    ]
     assert found == reference[:6]
 
 
@@ -216,7 +218,10 @@ def test_degraded_images_are_counted(
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"global_batch_size": 10, "data_parallel_size": 4}, "global_batch_size=10: is not a multiple .* 2 x 4 = 8. .* 8 and 16"),
+        (
+            {"global_batch_size": 10, "data_parallel_size": 4},
+            "global_batch_size=10: is not a multiple .* 2 x 4 = 8. .* 8 and 16",
+        ),
         ({"global_batch_size": 1}, "global_batch_size=1: is not a multiple of .* = 2 x 1 = 2"),
         ({"micro_batch_size": 0}, "micro_batch_size=0, global_batch_size=8, .* must all be 1 or more"),
         ({"data_parallel_rank": 2, "data_parallel_size": 2}, "data_parallel_rank=2: must be from 0 to .* = 1"),
@@ -255,7 +260,8 @@ def hang() -> None:
 
 
 @pytest.mark.parametrize(
-    ("action", "match"), [(die, "worker .* (is killed by signal|exited unexpectedly)"), (hang, "timed out after 2 seconds")]
+    ("action", "match"),
+    [(die, "worker .* (is killed by signal|exited unexpectedly)"), (hang, "timed out after 2 seconds")],
 )
 def test_a_dead_worker_is_an_error(make_loader: MakeLoader, action: Callable[[], None], match: str) -> None:
     settings = {"global_batch_size": 2, "shuffle": False, "num_workers": 1, "timeout_seconds": 2}

@@ -66,7 +66,9 @@ def test_text_alone(make_processor: MakeProcessor) -> None:
     assert sample.num_trained_tokens == 6
 
 
-def test_a_single_tile_gets_the_thumbnail_s_tag(make_processor: MakeProcessor, write_image: Callable[..., Path]) -> None:
+def test_a_single_tile_gets_the_thumbnail_s_tag(
+    make_processor: MakeProcessor, write_image: Callable[..., Path]
+) -> None:
     sample = make_processor(image_wrapper="none")("k", conversation(write_image("a.png", 8, 8)))
     start = 1 + len("user\n")
     tag = byte_ids("<tile_global_thumbnail>")
@@ -81,11 +83,17 @@ def test_the_spelling_of_special_tokens_is_text(make_processor: MakeProcessor) -
     assert int((sample.tokens == IMAGE).sum()) == 0
 
 
-# A chat with one image has 45 tokens of text: 13 before the image, 13 ("</Image>What?") + 2 + 11 ("assistant") + 6 behind
-# it. A tile costs 2 image tokens and 8 of its tag, the thumbnail or a single tile 2 and 23.
+# A chat with one image has 45 tokens of text: 13 before the image, 13 ("</Image>What?") + 2 + 11 ("assistant") + 6
+# behind it. A tile costs 2 image tokens and 8 of its tag, the thumbnail or a single tile 2 and 23.
 @pytest.mark.parametrize(
     ("seq_length", "num_tiles", "num_degraded"),
-    [(45 + 6 * 10 + 25, 7, 0), (45 + 6 * 10 + 24, 5, 1), (45 + 4 * 10 + 24, 3, 1), (45 + 2 * 10 + 24, 1, 1), (45 + 25, 1, 1)],
+    [
+        (45 + 6 * 10 + 25, 7, 0),
+        (45 + 6 * 10 + 24, 5, 1),
+        (45 + 4 * 10 + 24, 3, 1),
+        (45 + 2 * 10 + 24, 1, 1),
+        (45 + 25, 1, 1),
+    ],
 )
 def test_tiles_are_given_up_step_by_step(
     make_processor: MakeProcessor, write_image: Callable[..., Path], seq_length: int, num_tiles: int, num_degraded: int
@@ -119,11 +127,13 @@ def test_what_cannot_fit_is_skipped_with_its_numbers(
     assert skipped.message == (
         "70 tokens (45 of text, 25 of 1 image(s) at their fewest tiles) do not fit data.seq_length=69."
     )
-    with pytest.raises(SampleError, match="over_length: 1025 tokens .1025 of text, 0 of 0 image"):
+    with pytest.raises(SampleError, match=r"over_length: 1025 tokens .1025 of text, 0 of 0 image"):
         make_processor(seq_length=1000)("k", conversation(question="x" * 1000))
 
 
-def test_a_broken_image_skips_the_sample(make_processor: MakeProcessor, tmp_path: Path, write_image: Callable[..., Path]):
+def test_a_broken_image_skips_the_sample(
+    make_processor: MakeProcessor, tmp_path: Path, write_image: Callable[..., Path]
+):
     (tmp_path / "bad.png").write_text("no image")
     cases = {tmp_path / "bad.png": "image_unreadable", tmp_path / "no.png": "image_missing"}
     cases[write_image("large.png", 50, 50)] = "image_too_large"

@@ -24,7 +24,12 @@ def tags(style: TileTagStyle, layout: TileLayout, max_tiles: int = 6, thumbnail_
         ("1d", TileLayout(2, 1, False), 6, ["<tile_1>", "<tile_2>"]),
         ("1d", TileLayout(1, 1, False), 6, [GLOBAL]),
         ("1d", TileLayout(1, 1, False), 12, ["<tile_global_thumbnail0>"]),
-        ("2d_grid", TileLayout(2, 2, True), 6, ["<tile_x0_y0>", "<tile_x1_y0>", "<tile_x0_y1>", "<tile_x1_y1>", GLOBAL]),
+        (
+            "2d_grid",
+            TileLayout(2, 2, True),
+            6,
+            ["<tile_x0_y0>", "<tile_x1_y0>", "<tile_x0_y1>", "<tile_x1_y1>", GLOBAL],
+        ),
         ("2d_grid", TileLayout(1, 1, False), 6, [GLOBAL]),
         (
             "2d_box",
@@ -37,7 +42,12 @@ def tags(style: TileTagStyle, layout: TileLayout, max_tiles: int = 6, thumbnail_
                 "<box> (0, 0), (1000, 700) </box>",
             ],
         ),
-        ("2d_box", TileLayout(1, 2, False), 6, ["<box> (0, 0), (1000, 350) </box>", "<box> (0, 350), (1000, 700) </box>"]),
+        (
+            "2d_box",
+            TileLayout(1, 2, False),
+            6,
+            ["<box> (0, 0), (1000, 350) </box>", "<box> (0, 350), (1000, 700) </box>"],
+        ),
         ("2d_box", TileLayout(1, 1, False), 6, ["<box> (0, 0), (1000, 700) </box>"]),
     ],
 )

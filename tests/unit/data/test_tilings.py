@@ -1,5 +1,7 @@
 """Tilings: the published choice of the grid, pixel-exact tiles, the ladder."""
 
+import itertools
+
 import numpy
 import pydantic
 import pytest
@@ -61,7 +63,7 @@ def test_the_order_of_equally_large_grids_cannot_matter() -> None:
         for columns, rows in candidate_grids(1, max_tiles):
             sizes_of_ratio.setdefault(columns / rows, set()).add(columns * rows)
         ordered = [sizes_of_ratio[ratio] for ratio in sorted(sizes_of_ratio)]
-        assert all(left.isdisjoint(right) for left, right in zip(ordered, ordered[1:], strict=False))
+        assert all(left.isdisjoint(right) for left, right in itertools.pairwise(ordered))
 
 
 @pytest.mark.parametrize(("max_tiles", "count"), [(1, 1), (6, 14), (12, 35)])
@@ -96,7 +98,9 @@ def test_grids_worked_by_hand(size: tuple[int, int], max_tiles: int, grid: tuple
         ((448, 448), True, TileLayout(1, 1, False), 1),
     ],
 )
-def test_a_thumbnail_needs_two_tiles(size: tuple[int, int], use_thumbnail: bool, layout: TileLayout, num_tiles: int) -> None:
+def test_a_thumbnail_needs_two_tiles(
+    size: tuple[int, int], use_thumbnail: bool, layout: TileLayout, num_tiles: int
+) -> None:
     chosen = DynamicTilingConfig(use_thumbnail=use_thumbnail).build(448).layout(*size)
     assert chosen == layout
     assert chosen.num_tiles == num_tiles

@@ -38,7 +38,9 @@ def test_text_never_becomes_special(any_tokenizer: Tokenizer, text: str, starts_
     assert any_tokenizer.decode(ids) in ((text, " " + text) if starts_text else (text,))
 
 
-@pytest.mark.parametrize("text", ["a cat", " a cat ", "\n", "two  spaces", "line\nbreak\n", "caf\u00e9 \u4f60\u597d", ""])
+@pytest.mark.parametrize(
+    "text", ["a cat", " a cat ", "\n", "two  spaces", "line\nbreak\n", "caf\u00e9 \u4f60\u597d", ""]
+)
 def test_text_comes_back(any_tokenizer: Tokenizer, text: str) -> None:
     assert any_tokenizer.decode(any_tokenizer.encode(text)) == text
 
@@ -140,7 +142,7 @@ def test_a_damaged_sentencepiece_file_is_named(sentencepiece_file: Path, tmp_pat
 def test_a_damaged_huggingface_file_is_named(byte_folder: Path, tmp_path: Path, content: str, what: str) -> None:
     shutil.copytree(byte_folder, tmp_path / "copy")
     (tmp_path / "copy" / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match=f"tokenizer.json: {what}"):
+    with pytest.raises(ValueError, match=rf"tokenizer.json: {what}"):
         HuggingFaceTokenizerConfig(path=tmp_path / "copy").build()
 
 

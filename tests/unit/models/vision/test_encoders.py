@@ -1,4 +1,4 @@
-"""What every vision encoder must do, and what each kind has of its own. Parity with transformers: tests/unit/convert."""
+"""What every vision encoder must do, and what each kind has of its own. Parity with others: tests/unit/convert."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +18,8 @@ from megavlm.models.vision import VISION_ENCODERS
 from megavlm.models.vision import clip as clip_module
 from megavlm.models.vision.clip import ClipConfig, quick_gelu
 from megavlm.models.vision.internvit import FullWidthRMSNorm, InternViTConfig
-from megavlm.models.vision.transformer import VisionTransformer, first_stage_config
+from megavlm.models.first_stage import first_stage_config
+from megavlm.models.vision.transformer import VisionTransformer
 from megavlm.runtime import process
 from megavlm.runtime.sharding import sharding_metadata
 
@@ -200,7 +201,8 @@ def test_the_stage_layout_of_the_language_model_does_not_reach_the_encoder() -> 
     )
     assert (config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size) == (1, None)
     assert (config.tensor_model_parallel_size, config.context_parallel_size) == (2, 1)
-    assert not config.sequence_parallel and not config.bias_activation_fusion
+    assert not config.sequence_parallel
+    assert not config.bias_activation_fusion
     assert config.hidden_dropout == config.attention_dropout == 0.0
 
 

@@ -1,0 +1,328 @@
+"""The two sides of ``tools/benchmark.py``: one InternVL shape as MegaVLM and as transformers train it.
+
+Also the data they share and the FLOPs of a step, counted from the shapes.
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+from megavlm.batch import Batch
+from megavlm.convert import internvl
+from megavlm.convert.weight_map import load_weights
+from megavlm.engines import MegatronEngine, MegatronEngineConfig, OptimizerSettings
+from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.training.freeze import freeze_except
+
+OPTIMIZER = OptimizerSettings(lr=3e-4, weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.95, clip_grad=1.0)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of the model and of a batch."""
+
+    image_size: int
+    patch_size: int
+    vision_layers: int
+    vision_hidden_size: int
+    vision_ffn_hidden_size: int
+    vision_heads: int
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_query_groups: int
+    vocab_size: int
+    num_rows: int
+    length: int
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a tile."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Tokens of a tile in the language model."""
+        return self.num_patches // 4
+
+    @property
+    def num_tokens(self) -> int:
+        """Useful tokens of a step: rows are full, nothing is padding."""
+        return self.num_rows * self.length
+
+    @property
+    def image_token(self) -> int:
+        """Id of the placeholder."""
+        return self.vocab_size - 1
+
+
+SIZES = {
+    "tiny": Size(28, 7, 2, 32, 64, 2, 2, 32, 64, 4, 2, 128, 2, 24),
+    "small": Size(112, 14, 6, 256, 1024, 4, 10, 512, 1536, 8, 4, 8192, 4, 256),  # 45.7 M parameters
+}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A precision: what the engine does, and its counterpart in transformers."""
+
+    ours: str
+    dtype: torch.dtype
+    """Of the matrix products."""
+    their_parameters: torch.dtype
+    autocast: bool
+
+
+MODES = {
+    "fp32": Mode("fp32", torch.float32, torch.float32, autocast=False),
+    "bf16": Mode("bf16", torch.bfloat16, torch.float32, autocast=True),
+    # no master weights on their side: updates below a bfloat16's last digit are lost
+    "bf16_pure": Mode("bf16", torch.bfloat16, torch.bfloat16, autocast=False),
+}
+
+
+def make_batches(size: Size, trained_share: float, count: int = 4) -> list[Batch]:
+    """Make full rows of random text that begin with one tile each.
+
+    Args:
+        size: the shape.
+        trained_share: share of the text tokens that have a loss; always the last ones of a row.
+        count: how many, to be taken in turn.
+    """
+    shape = (size.num_rows, size.length)
+    batches = []
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number)
+        tokens = torch.randint(0, size.image_token, shape, generator=generator)
+        tokens[:, : size.tokens_per_tile] = size.image_token
+        loss_mask = torch.zeros(shape)
+        num_trained = max(1, round(trained_share * (size.length - size.tokens_per_tile)))
+        loss_mask[:, size.length - 1 - num_trained : -1] = 1.0
+        batches.append(
+            Batch(
+                tokens=tokens,
+                labels=tokens.roll(-1, dims=1) * loss_mask.long(),
+                loss_mask=loss_mask,
+                position_ids=torch.arange(size.length).repeat(size.num_rows, 1),
+                cu_seqlens=torch.arange(size.num_rows + 1, dtype=torch.int32) * size.length,
+                tiles=torch.randint(
+                    0,
+                    256,
+                    (size.num_rows, 3, size.image_size, size.image_size),
+                    generator=generator,
+                    dtype=torch.uint8,
+                ),
+                tiles_per_image=torch.ones(size.num_rows, dtype=torch.int64),
+                visible_tiles=torch.zeros(*shape, 2, dtype=torch.int64),
+            )
+        )
+    return batches
+
+
+class Ours:
+    """MegaVLM as a run has it: the engine with its gradient buffers and distributed optimizer, one rank."""
+
+    def __init__(
+        self,
+        size: Size,
+        mode: str,
+        trainable: Sequence[str],
+        batches: Sequence[Batch],
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        config = vlm_config(size)
+        self.engine = MegatronEngine(MegatronEngineConfig(precision=MODES[mode].ours))
+        self.engine.start()
+        self.model = VLM(
+            config,
+            self.engine.config.megatron_settings(),
+            vocab_size=size.vocab_size,
+            image_token_id=size.image_token,
+        )
+        load_weights([self.model], internvl.weight_map(config), weights)
+        freeze_except([self.model], trainable)
+        self.engine.wrap([self.model])
+        self.engine.build_optimizer(OPTIMIZER)
+        self.num_trained = int(batches[0].loss_mask.sum())
+        self._batches = batches
+        self._next = 0
+
+    def step(self) -> float:
+        """Train on the next batch; return its loss."""
+        batch = self._batches[self._next % len(self._batches)]
+        self._next += 1
+        return self.engine.train_step([batch]).loss
+
+
+class Theirs:
+    """InternVLForConditionalGeneration in a plain loop: SDPA, fused AdamW, gradients set to None."""
+
+    def __init__(self, size: Size, mode: str, trainable: Sequence[str], batches: Sequence[Batch]) -> None:
+        torch.manual_seed(1)
+        self.model = InternVLForConditionalGeneration(their_config(size)).train()
+        _unsettle(self.model)
+        self.model.to(MODES[mode].their_parameters)
+        self.model.config.use_cache = False
+        parts = {
+            "vision": self.model.model.vision_tower,
+            "connector": self.model.model.multi_modal_projector,
+            "language": self.model.model.language_model,
+        }
+        for name, part in parts.items():
+            part.requires_grad_(name in trainable)
+        self._autocast = MODES[mode].autocast
+        self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        vectors = [parameter for parameter in self._parameters if parameter.ndim == 1]
+        matrices = [parameter for parameter in self._parameters if parameter.ndim > 1]
+        self._optimizer = torch.optim.AdamW(
+            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            lr=OPTIMIZER.lr,
+            betas=(OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2),
+            eps=OPTIMIZER.adam_eps,
+            weight_decay=OPTIMIZER.weight_decay,
+            fused=True,
+        )
+        self._inputs = [their_inputs(size, batch, MODES[mode].their_parameters) for batch in batches]
+        self._next = 0
+
+    def initial_weights(self) -> dict[str, Tensor]:
+        """Copies of the weights, by their names."""
+        return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+
+    def step(self) -> float:
+        """Train on the next batch; return its loss."""
+        inputs = self._inputs[self._next % len(self._inputs)]
+        self._next += 1
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16) if self._autocast else contextlib.nullcontext():
+            loss = self.model(**inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, OPTIMIZER.clip_grad)
+        self._optimizer.step()
+        return float(loss.detach())
+
+
+def _unsettle(model: torch.nn.Module) -> None:
+    """Move weights so far from a fresh model's (zero biases, a uniform guess) that a wrong model has another loss."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+
+
+def vlm_config(size: Size) -> VLMConfig:
+    """The shape as a recipe has it: InternViT-300M's and Qwen2's kinds of layers."""
+    return VLMConfig.model_validate(
+        {
+            "vision": {
+                "kind": "internvit",
+                "image_size": size.image_size,
+                "patch_size": size.patch_size,
+                "num_layers": size.vision_layers,
+                "hidden_size": size.vision_hidden_size,
+                "ffn_hidden_size": size.vision_ffn_hidden_size,
+                "num_attention_heads": size.vision_heads,
+                "normalization": "LayerNorm",
+                "qk_layernorm": False,
+                "add_qkv_bias": True,
+            },
+            "connector": {"kind": "mlp", "bias": True},
+            "fusion": {"kind": "decoder_only"},
+            "language": {
+                "num_layers": size.num_layers,
+                "hidden_size": size.hidden_size,
+                "ffn_hidden_size": size.ffn_hidden_size,
+                "num_attention_heads": size.num_heads,
+                "num_query_groups": size.num_query_groups,
+                "vocab_size": size.vocab_size,
+                "add_qkv_bias": True,
+                "layernorm_epsilon": 1e-6,
+            },
+        }
+    )
+
+
+def their_config(size: Size) -> InternVLConfig:
+    """The same shape as transformers has it."""
+    config = InternVLConfig(
+        vision_config={
+            "image_size": size.image_size,
+            "patch_size": size.patch_size,
+            "num_hidden_layers": size.vision_layers,
+            "hidden_size": size.vision_hidden_size,
+            "intermediate_size": size.vision_ffn_hidden_size,
+            "num_attention_heads": size.vision_heads,
+            "attention_bias": True,
+            "attn_implementation": "sdpa",
+        },
+        text_config={
+            "model_type": "qwen2",
+            "num_hidden_layers": size.num_layers,
+            "hidden_size": size.hidden_size,
+            "intermediate_size": size.ffn_hidden_size,
+            "num_attention_heads": size.num_heads,
+            "num_key_value_heads": size.num_query_groups,
+            "vocab_size": size.vocab_size,
+            "attn_implementation": "sdpa",
+            "tie_word_embeddings": False,
+        },
+        image_token_id=size.image_token,
+        image_seq_length=size.tokens_per_tile,
+        tie_word_embeddings=False,
+    )
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def their_inputs(size: Size, batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A batch as their forward takes it: labels not yet shifted, pixels normalised beforehand (not in their time)."""
+    labels = torch.full_like(batch.tokens, -100)
+    labels[:, 1:] = torch.where(batch.loss_mask[:, :-1] != 0, batch.tokens[:, 1:], -100)
+    mean = torch.tensor(vlm_config(size).vision.image_mean).view(3, 1, 1)
+    std = torch.tensor(vlm_config(size).vision.image_std).view(3, 1, 1)
+    return {
+        "input_ids": batch.tokens,
+        "labels": labels,
+        "pixel_values": ((batch.tiles.float() / 255 - mean) / std).to(dtype),
+    }
+
+
+def linear_flops(size: Size, trainable: Sequence[str], num_logits: int) -> int:
+    """FLOPs of the matrix products with weights in one step: forward, gradient of inputs, gradient of weights.
+
+    Args:
+        size: the shape.
+        trainable: parts that train.
+        num_logits: positions that the output layer works on.
+    """
+    width, tokens = size.vision_hidden_size, size.num_rows * (size.num_patches + 1)
+    head = size.hidden_size // size.num_heads
+    forward = {
+        "vision": tokens * size.vision_layers * (4 * width**2 + 2 * width * size.vision_ffn_hidden_size),
+        "connector": size.num_rows * size.tokens_per_tile * (4 * width * size.hidden_size + size.hidden_size**2),
+        "language": size.num_tokens
+        * size.num_layers
+        * size.hidden_size
+        * (2 * size.hidden_size + 2 * size.num_query_groups * head + 3 * size.ffn_hidden_size)
+        + num_logits * size.hidden_size * size.vocab_size,
+    }
+    patches = size.num_rows * size.num_patches * 3 * size.patch_size**2 * width
+    trains_vision = "vision" in trainable
+    total = patches * (2 if trains_vision else 1)  # pixels need no gradient
+    for part, products in forward.items():
+        total += products * (1 + (part in trainable) + (trains_vision or part != "vision"))
+    if not trains_vision:  # nor do frozen features
+        total -= size.num_rows * size.tokens_per_tile * 4 * width * size.hidden_size
+    return 2 * total
+
+
+def step_flops(size: Size, trainable: Sequence[str], num_logits: int) -> int:
+    """All FLOPs of a step that have a use: those with weights, and attention (half of it where it is causal)."""
+    vision = 2 * size.num_rows * (size.num_patches + 1) ** 2 * size.vision_hidden_size * size.vision_layers
+    language = size.num_rows * size.length**2 * size.hidden_size * size.num_layers
+    attention = 2 * (vision * (3 if "vision" in trainable else 1) + language * 3)
+    return linear_flops(size, trainable, num_logits) + attention

@@ -80,8 +80,8 @@ def _describe(error: BaseException, doing: str) -> str:
     """One sentence for an error: our own as they are, others with what was going on."""
     if type(error) is ValueError:
         return str(error)
-    where = ""
+    failed = rank()
     if isinstance(error, CheckpointException) and error.failures:  # its own text is every rank's traceback
         failed, (error, _) = min(error.failures.items())
-        where = f" on rank {failed}"
-    return f"{doing}: failed{where} with {type(error).__name__} ({str(error).splitlines()[0] if str(error) else ''})."
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"{doing}: failed on rank {failed} with {type(error).__name__} ({first_line})."

@@ -133,6 +133,8 @@ class AsyncSaver:
         for call in self._queue.async_calls:
             call.async_caller.close(abort=True)
         self._queue = AsyncCallsQueue()
+        # one queue of results serves all saves of a process: a late writer's would pass for those of the next save
+        filesystem_async._results_queue = None
         with writer.failing("waiting for writers"):
             raise ValueError(
                 f"checkpoint.async_save=True: checkpoint {writer.iteration} was not written within "

@@ -21,7 +21,7 @@ def capture_rng() -> dict[str, Any]:
     tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
     states = {
         "python": [version, list(words), gauss],
-        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
         "torch": _encode(torch.get_rng_state()),
         "tracker": {stream: _encode(state) for stream, state in tracker.items()},
     }

@@ -254,7 +254,9 @@ def _check_all_there(written: Path) -> None:
     metadata = read_metadata(written)
     num_planned = sum(len(getattr(entry, "chunks", (entry,))) for entry in metadata.state_dict_metadata.values())
     if len(metadata.storage_data) != num_planned:
-        raise ValueError(f"{written}: {len(metadata.storage_data)} of {num_planned} tensors and objects were written.")
+        raise ValueError(
+            f"{written}: {len(metadata.storage_data)} of {num_planned} tensors and objects were written. Save again."
+        )
     unseen = sorted({info.relative_path for info in metadata.storage_data.values()} - set(list_files(written)))
     if unseen:
         raise ValueError(

@@ -100,7 +100,9 @@ class _RowParser:
         if system:
             if not isinstance(system, str):
                 raise self._error(f"system is {_name(system)}, not text")
-            messages.insert(0, Message("system", (system,)))
+            messages.insert(0, Message("system", (self._text(system, "system"),)))
+        if not messages[0].parts:
+            del messages[0]  # an empty system message is none
         self._check_order(messages, len(messages) - len(turns), needs_answer)
         return Conversation(tuple(messages))
 
@@ -138,7 +140,7 @@ class _RowParser:
             entry = entry.get("path", entry.get("url"))
         if not isinstance(entry, str):
             raise self._error(f"{key} is {_name(entry)}, not a path")
-        if not entry or "\0" in entry:
+        if not self._text(entry, key) or "\0" in entry:
             raise self._error(f"{key} is an empty or broken path")
         if entry.startswith("data:"):
             return ImageRef(entry)
@@ -170,13 +172,14 @@ class _RowParser:
             )
         content = turn[content_key]
         if isinstance(content, str):
-            parts = _split_text(content, supply)
+            parts = _split_text(self._text(content, f"message {number}"), supply)
         elif isinstance(content, list):
             parts = [self._part(part, number, supply) for part in content]
         else:
             raise self._error(f"message {number}: {content_key} is {_name(content)}, not text or a list of parts")
         message = Message(role, tuple(part for part in parts if part != ""))
-        if not any(isinstance(part, ImageRef) or part.strip() for part in message.parts):
+        is_first_system = role == "system" and number == 1
+        if not is_first_system and not any(isinstance(part, ImageRef) or part.strip() for part in message.parts):
             raise self._error(f"message {number} ({role}) is empty")
         if role == "assistant" and not message.text.strip():
             raise self._error(f"message {number} (assistant) has images but no text")
@@ -185,7 +188,7 @@ class _RowParser:
     def _part(self, part: Any, number: int, supply: Iterator[ImageRef]) -> str | ImageRef:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(text := part.get("text"), str):
-            return text
+            return self._text(text, f"message {number}")
         if kind in ("image", "image_url"):
             if _is_unnamed_image(part):
                 return next(supply)
@@ -209,6 +212,14 @@ class _RowParser:
                 )
         if needs_answer and messages[-1].role != "assistant":
             raise self._error("the last message is from the user, and nothing answers it")
+
+    def _text(self, text: str, what: str) -> str:
+        """Refuse halves of surrogate pairs, which JSON can spell and no tokenizer can read."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise self._error(f"{what} holds the broken character {text[error.start]!a}") from None
+        return text
 
     def _error(self, what: str) -> ValueError:
         return ValueError(f"{self._where}: {what}.")

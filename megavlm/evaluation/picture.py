@@ -35,8 +35,8 @@ def draw_samples(path: Path, answers: Sequence[Answer], processor: SampleProcess
         image = load_image(answer.images[-1], processor.config.max_image_pixels)
         layout = processor.tiling.layout(*image.size)
         axes.imshow(image)
-        for column in range(1, layout.cols):
-            axes.axvline(column * image.width / layout.cols - 0.5, color="tab:cyan", linewidth=1.2)
+        for column in range(1, layout.columns):
+            axes.axvline(column * image.width / layout.columns - 0.5, color="tab:cyan", linewidth=1.2)
         for row in range(1, layout.rows):
             axes.axhline(row * image.height / layout.rows - 0.5, color="tab:cyan", linewidth=1.2)
         mark = "right" if answer.is_right else "WRONG"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megavlm.models.weights import WeightSlot, fill_weights
+from megavlm.models.weights import WeightSlot, count_unreachable, fill_weights
 
 _RESIDUAL_WRITERS = ("linear_proj.weight", "linear_fc2.weight")
 """Layers whose output is added to the residual stream of a transformer."""
@@ -37,6 +37,7 @@ def initialize_weights(chunks: Sequence[torch.nn.Module], seed: int) -> None:
         return torch.randn(slot.shape, generator=_generator(seed, slot.key)) * std
 
     fill_weights(chunks, draw)
+    assert count_unreachable(chunks) == 0, "a module keeps parameters out of its sharded state dict"
 
 
 def _generator(seed: int, key: str) -> torch.Generator:

@@ -77,6 +77,16 @@ def fill_weights(chunks: Sequence[torch.nn.Module], full_tensor: FullTensor) -> 
     return filled
 
 
+def count_unreachable(chunks: Sequence[torch.nn.Module]) -> int:
+    """Count this rank's parameter elements that :func:`fill_weights` cannot reach: 0 unless a module hides some."""
+    reached = sum(
+        shard.data.numel()
+        for chunk in chunks
+        for shard in _floating_shards(chunk.sharded_state_dict(metadata=sharding_metadata()))
+    )
+    return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()) - reached
+
+
 def _floating_shards(tree: Any) -> Iterator[ShardedTensor]:
     if isinstance(tree, ShardedTensorFactory):
         yield from _floating_shards(tree.build())

@@ -41,9 +41,15 @@ def test_a_run_leaves_what_it_promises(megavlm: Run, recipe: Path, tmp_path: Pat
     answers = json.loads((run / "evaluation.json").read_text())
     assert answers["score"]["num_questions"] == len(answers["answers"]) == 5
     assert (run / "samples.png").exists()
-    alone = megavlm("eval", run, "--max-new-tokens", 4)
-    assert alone.returncode == 0, alone.stdout
-    assert json.loads((run / "evaluation.json").read_text())["answers"] == answers["answers"]
+    layouts: list[tuple[object, ...]] = [
+        ("--nproc-per-node", 1),
+        (*TWO_RANKS, "engine.tensor_model_parallel_size=2", "engine.sequence_parallel=true"),
+        (*TWO_RANKS, "engine.pipeline_model_parallel_size=2"),
+    ]
+    for layout in layouts:
+        again = megavlm("eval", run, *layout, "--max-new-tokens", 4)
+        assert again.returncode == 0, again.stdout
+        assert json.loads((run / "evaluation.json").read_text())["answers"] == answers["answers"]
 
 
 @pytest.fixture(scope="module")

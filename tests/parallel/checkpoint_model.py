@@ -93,6 +93,7 @@ def build(
     """
     engine = MegatronEngine(MegatronEngineConfig(**(layout or {})))
     engine.start()
+    set_seed(seed)
     settings = engine.config.megatron_settings()
     chunks = [TextModel(language, settings, stage, vocab_size) for stage in engine.stages()]
     initialize_weights(chunks, seed)
@@ -131,11 +132,6 @@ def _batches(engine: MegatronEngine, step: int) -> list[Batch]:
         )
         for row in rows
     ]
-
-
-def seed(number: int) -> None:
-    """Seed every random number generator, as a run does when it starts."""
-    set_seed(number)
 
 
 @contextlib.contextmanager

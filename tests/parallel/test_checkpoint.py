@@ -90,14 +90,13 @@ def test_bfloat16_goes_on_with_its_float32_weights(tmp_path: Path, after: Layout
     bf16 = {"precision": "bf16"}
     expected = run_ranks(save_then_train, PP2[0], tmp_path, {**PP2[1], **bf16}, trains_all, False)[0]
     results = run_ranks(load_then_train, after[0], tmp_path, {**after[1], **bf16}, trains_all)[0]
-    # BF16_NOTE
-    assert results == pytest.approx(expected, rel=1e-3)
+    # 3.1e-8 in the worst case measured: one process adds up micro-batches in another order
+    assert results == pytest.approx(expected, rel=2e-6)
 
 
 def resume_with_dropout(folder: Path, layout: dict) -> tuple[list[float], list[float]]:
     language = checkpoint_model.LANGUAGE.model_copy(update={"hidden_dropout": 0.3})
     engine = checkpoint_model.build(layout, language=language)
-    checkpoint_model.seed(5)
     checkpoint_model.train(engine, 0, 1)
     save_checkpoint(folder, 1, engine)
     expected = checkpoint_model.train(engine, 1, 2)
@@ -136,7 +135,7 @@ def fail_on_one_rank(folder: Path) -> list[str]:
     texts = []
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if engine.data_parallel_rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         save_checkpoint(folder, 2, engine)
     except ValueError as error:
@@ -183,5 +182,5 @@ def save_fresh(folder: Path) -> list[float]:
 def test_weights_start_another_run(tmp_path: Path, precision: str) -> None:
     expected = run_ranks(save_fresh, 1, tmp_path)[0]
     results = run_ranks(load_weights, 2, tmp_path, {**PP2[1], "precision": precision})[0]
-    # float32: as above. bfloat16 weights have 8 bits: BF16_NOTE2
-    assert results == pytest.approx(expected, rel=2e-6 if precision == "fp32" else 5e-2)
+    # float32: 6.1e-8 measured; bfloat16, whose weights and activations have 8 bits: 4.8e-3
+    assert results == pytest.approx(expected, rel=2e-6 if precision == "fp32" else 2e-2)

@@ -73,7 +73,7 @@ class JsonDataset:
 
 def _read_list(path: Path) -> list[object]:
     try:
-        rows = json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+        rows = json.loads(path.read_bytes())
     except OSError as error:
         raise ValueError(f"dataset.path={path}: cannot be read ({error.strerror}). Check the path.") from None
     except (ValueError, RecursionError) as error:

@@ -12,7 +12,7 @@ from megavlm.config import Config
 from megavlm.data.conversation import Conversation
 from megavlm.data.datasets.row_check import BadRowPolicy, RowChecker, read_row
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8; the JSON reader passes over it
 
 
 class JsonlDatasetConfig(Config):
@@ -49,7 +49,7 @@ class JsonlDataset:
         try:
             with open(config.path, "rb") as file:
                 for line_number, offset, line in _rows(file):
-                    if not checker.num_rows and line.lstrip().startswith(b"["):
+                    if not checker.num_rows and line.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"["):
                         raise ValueError(
                             f"dataset.path={config.path}: is one JSON list, not one object a line. Use kind=json."
                         )
@@ -88,10 +88,6 @@ def _rows(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
     """Line number (from 1), offset in bytes and content of each line that is not blank."""
     offset = 0
     for line_number, line in enumerate(file, start=1):
-        start = offset
-        offset += len(line)
-        if line_number == 1 and line.startswith(_BYTE_ORDER_MARK):
-            start += len(_BYTE_ORDER_MARK)
-            line = line[len(_BYTE_ORDER_MARK) :]
         if line.strip():
-            yield line_number, start, line
+            yield line_number, offset, line
+        offset += len(line)

@@ -64,8 +64,8 @@ class HuggingFaceTokenizer:
         self._special |= {entry.content: index for index, entry in full.added_tokens_decoder.items() if entry.special}
         self._special[config.image_token] = self._image_token_id
         self._guard = PlainTextGuard(self._special)
-        self._backend = _plain_backend(full.backend_tokenizer.to_str())
-        self._continuing = _plain_backend(_without_prefix(full.backend_tokenizer.to_str()))
+        self._backend = _load_backend(full.backend_tokenizer.to_str())
+        self._continuing = _load_backend(_without_prefix(full.backend_tokenizer.to_str()))
 
     @property
     def vocab_size(self) -> int:
@@ -130,10 +130,9 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"tokenizer.path={path}: has no {' and no '.join(missing)}. Copy the file again.")
 
 
-def _plain_backend(serialised: str) -> tokenizers.Tokenizer:
-    """A tokenizer that does not recognise special tokens in text."""
+def _load_backend(serialised: str) -> tokenizers.Tokenizer:
+    """A copy that neither cuts nor fills texts, whatever the folder's files ask for."""
     backend = tokenizers.Tokenizer.from_str(serialised)
-    backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
     return backend

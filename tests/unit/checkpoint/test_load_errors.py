@@ -9,6 +9,7 @@ from pathlib import Path
 import checkpoint_model
 import pytest
 from harness import run_ranks
+from megatron.core import dist_checkpointing
 
 from megavlm.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from megavlm.checkpoint.manifest import list_files, write_manifest
@@ -222,6 +223,48 @@ def test_another_format_is_refused(run_copy: Path) -> None:
     (checkpoint / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
     write_manifest(checkpoint)
     assert "metadata.json: sharded_backend='zarr' cannot be read. Use torch_dist." in fails(run_copy)
+
+
+def save_as_other_programs_do(folder: Path) -> None:
+    engine = checkpoint_model.build(language=SMALLEST, seed=5)
+    checkpoint_model.train(engine, 0, 1)
+    folder.mkdir(parents=True)
+    dist_checkpointing.save(engine.sharded_state_dict(with_optimizer=True), str(folder))
+
+
+def load_from_other_programs(path: Path, verify: bool) -> list[float]:
+    engine = checkpoint_model.build(language=SMALLEST, seed=99)
+    loaded = load_checkpoint(path, engine, with_optimizer=True, verify=verify)
+    assert (loaded.iteration, loaded.extra) == (7, {})
+    result = checkpoint_model.train(engine, 1, 1)
+    checkpoint_model.leave()
+    engine = checkpoint_model.build(language=SMALLEST, seed=5)
+    checkpoint_model.train(engine, 0, 1)
+    assert checkpoint_model.train(engine, 1, 1) == result
+    return result
+
+
+def test_checkpoints_of_other_programs_load_without_verification(tmp_path: Path) -> None:
+    run_ranks(save_as_other_programs_do, 1, tmp_path / "iter_0000007")
+    run_ranks(load_from_other_programs, 1, tmp_path, False)
+    said = fails(tmp_path, with_optimizer=True)
+    assert "manifest.json: is missing, so iter_0000007 is not complete, or another program wrote it." in said
+    assert "load without verification if you trust it" in said
+
+
+def test_a_tracker_that_disagrees_is_told(run_copy: Path) -> None:
+    (run_copy / "latest_checkpointed_iteration.txt").write_text("1")
+    lines, iteration = run_ranks(load_and_listen, 1, run_copy)[0]
+    assert iteration == 2
+    assert any(
+        "latest_checkpointed_iteration.txt says 1, but the newest checkpoint is 2: taking 2" in line for line in lines
+    )
+
+
+def load_and_listen(path: Path) -> tuple[list[str], int]:
+    with checkpoint_model.log_lines() as lines:
+        iteration = load_one(path)[0]
+    return lines, iteration
 
 
 def save_release(folder: Path) -> None:

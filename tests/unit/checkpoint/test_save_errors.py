@@ -1,6 +1,7 @@
 """A save that fails says why, in one sentence, and leaves what was saved before."""
 
 import errno
+import pickle
 import re
 import resource
 import subprocess
@@ -15,7 +16,8 @@ from harness import run_ranks
 from megavlm.checkpoint import AsyncSaver, save_checkpoint
 from megavlm.checkpoint.asynchronous import check_async_save
 from megavlm.checkpoint.manifest import find_damage
-from megavlm.checkpoint.writer import CheckpointWriter, RunFolder
+from megavlm.checkpoint.pickles import read_metadata
+from megavlm.checkpoint.writer import CheckpointWriter, RunFolder, _check_all_there
 
 UNTOUCHED = "Checkpoints saved before are as they were."
 
@@ -146,12 +148,11 @@ def fail_to_write_later(folder: Path) -> list[str]:
     """Asynchronous saves whose writers fail, then do not end; then one that works. Returns what was said."""
     engine = checkpoint_model.build(language=checkpoint_model.SMALLEST, with_optimizer=False)
     texts = []
-    saver = AsyncSaver(timeout_minutes=0.002)
+    saver = AsyncSaver(timeout_minutes=1.0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))  # room for all but the weights
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))  # room for all but the weights
     try:
         saver.save(folder, 1, engine, with_optimizer=False)
-        saver._timeout_minutes = 1.0
         saver.finish()
     except ValueError as error:
         texts.append(str(error))
@@ -159,12 +160,15 @@ def fail_to_write_later(folder: Path) -> list[str]:
     saver.save(folder, 2, engine, with_optimizer=False)
     saver._timeout_minutes = 0.002
     writer = saver._queue.async_calls[0].async_caller
+    writer.process.join()  # so its result is there, and must not pass for that of the next save
     writer.is_current_async_call_done = lambda blocking, no_dist: False
     try:
         saver.finish()
     except ValueError as error:
         texts.append(str(error))
     saver._timeout_minutes = 1.0
+    checkpoint_model.leave()
+    engine = checkpoint_model.build(with_optimizer=False)  # a larger model, which the late result does not fit
     saver.save(folder, 3, engine, with_optimizer=False)
     assert saver.is_writing
     assert saver.finish() == folder / "iter_0000003"
@@ -178,3 +182,23 @@ def test_writers_that_fail_or_do_not_end(tmp_path: Path) -> None:
     assert re.fullmatch(rf"writing checkpoint 1: failed on rank 0 with \w+ \(.*\)\. {UNTOUCHED}", failed), failed
     assert late.startswith("checkpoint.async_save=True: checkpoint 2 was not written within 0.002 minutes"), late
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000003", "latest_checkpointed_iteration.txt"]
+
+
+def test_a_file_that_rank_0_does_not_see(run_copy: Path) -> None:
+    """As with disks of single nodes."""
+    checkpoint = run_copy / "iter_0000001"
+    _check_all_there(checkpoint)
+    (checkpoint / "__0_0.distcp").unlink()
+    with pytest.raises(
+        ValueError, match=r"rank 0 does not see 1 files .* first __0_0.distcp. Save on a file system that"
+    ):
+        _check_all_there(checkpoint)
+
+
+def test_a_tensor_that_was_not_written(run_copy: Path) -> None:
+    checkpoint = run_copy / "iter_0000001"
+    metadata = read_metadata(checkpoint)
+    metadata.storage_data.popitem()
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"iter_0000001: (\d+) of \d+ tensors and objects were written. Save again."):
+        _check_all_there(checkpoint)

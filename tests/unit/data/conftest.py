@@ -1,7 +1,4 @@
-"""Tokenizers, images and data files that the tests of the data package share.
-
-The byte tokenizer has no merges: token ``4 + b`` is the byte ``b``, so expected ids can be written by hand.
-"""
+"""Tokenizers, images and data files that the tests of the data package share."""
 
 import io
 import json
@@ -15,22 +12,10 @@ import sentencepiece
 import tokenizers
 import transformers
 from PIL import Image
+from small_data import BYTE_SPECIALS, TILE_SIZE, TOKENS_PER_TILE
 
 from megavlm.data import DataConfig, SampleProcessor, Tokenizer
 from megavlm.data.tokenizers import HuggingFaceTokenizerConfig, SentencePieceTokenizerConfig
-
-BYTE_SPECIALS = {"<|endoftext|>": 0, "<s>": 1, "<|im_start|>": 2, "<|im_end|>": 3}
-NUM_BYTE_TOKENS = 4 + 256
-IMAGE = NUM_BYTE_TOKENS
-"""Id of the image token that the byte tokenizer gets added."""
-
-TILE_SIZE = 8
-TOKENS_PER_TILE = 2
-
-
-def byte_ids(text: str) -> list[int]:
-    """Ids of plain text in the byte tokenizer."""
-    return [4 + value for value in text.encode()]
 
 
 def _byte_letters() -> list[str]:
@@ -90,19 +75,26 @@ def reachable_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _train_sentencepiece(tmp_path_factory, user_defined_symbols=["<|im_start|>", "<|im_end|>", "<image>"])
 
 
-def _train_sentencepiece(tmp_path_factory: pytest.TempPathFactory, **symbols: list[str]) -> Path:
+@pytest.fixture(scope="session")
+def normalising_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that makes plain letters of full-width ones before it looks for its chat symbols."""
+    symbols = ["<|im_start|>", "<|im_end|>"]
+    return _train_sentencepiece(tmp_path_factory, user_defined_symbols=symbols, normalization_rule_name="nmt_nfkc")
+
+
+def _train_sentencepiece(tmp_path_factory: pytest.TempPathFactory, **settings: object) -> Path:
     model = io.BytesIO()
+    defaults = {
+        "vocab_size": 450,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "hard_vocab_limit": False,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "minloglevel": 2,
+    }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_sentences()),
-        model_writer=model,
-        vocab_size=450,
-        model_type="bpe",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-        **symbols,
+        sentence_iterator=iter(_sentences()), model_writer=model, **defaults | settings
     )
     path = tmp_path_factory.mktemp("sentencepiece") / "tiny.model"
     path.write_bytes(model.getvalue())
@@ -151,12 +143,6 @@ def write_rows(tmp_path: Path) -> Callable[[Iterable[object]], Path]:
         return tmp_path / name
 
     return write
-
-
-def chat(question: str = "What?", answer: str = "A cat.", images: Iterable[str] = ()) -> dict[str, object]:
-    """A LLaVA row of one question and answer."""
-    row: dict[str, object] = {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
-    return row | ({"image": list(images)} if images else {})
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import chat
+from small_data import chat
 
 from megavlm.data import Conversation, ImageRef, Message, parse_conversation
 
@@ -149,12 +149,23 @@ def turns(*pairs: tuple[Any, Any], **keys: Any) -> dict[str, Any]:
         (openai({"type": "image_url"}), "message 1: image_url is null, not a path"),
         (openai({"type": "image_url", "image_url": {"url": 5}}), r"message 1: image_url is a number \(5\)"),
         ({"messages": [{"role": "user", "content": [5]}]}, r"message 1 holds a number \(5\); known are"),
+        (chat("a\ud800b"), r"message 1 holds the broken character '\\ud800'"),
+        (openai(TEXT | {"text": "\udfff"}), r"message 1 holds the broken character '\\udfff'"),
+        (chat("<image>", images=["\ud800.png"]), r"image holds the broken character '\\ud800'"),
+        (chat() | {"system": "\ud800"}, r"system holds the broken character"),
         (openai(), r"message 1 \(user\) is empty"),
     ],
 )
 def test_what_is_wrong_is_said(row: Any, what: str) -> None:
     with pytest.raises(ValueError, match=rf"^rows.jsonl:17: .*{what}"):
         parse(row)
+
+
+def test_an_empty_system_message_is_none() -> None:
+    assert parse(turns(("system", ""), ("human", "a"), ("gpt", "b"))) == parse(turns(("human", "a"), ("gpt", "b")))
+    assert parse(turns(("human", "a"), ("gpt", "b"), system="")) == parse(turns(("human", "a"), ("gpt", "b")))
+    with pytest.raises(ValueError, match="message 2 is from assistant where user must speak"):
+        parse(turns(("system", ""), ("gpt", "b")))
 
 
 def test_a_question_alone_is_a_prompt() -> None:

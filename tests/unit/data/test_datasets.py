@@ -8,7 +8,7 @@ from typing import Any
 
 import pydantic
 import pytest
-from conftest import chat
+from small_data import chat
 
 from megavlm.data import DATASETS, Dataset, DatasetConfig, Message
 
@@ -120,6 +120,7 @@ def test_a_missing_file(kind: str, tmp_path: Path) -> None:
         ('{"conversations": [', "is not valid JSON"),
         ("hello", "is not valid JSON"),
         ("[" * 100_000, "nested too deeply"),
+        (json.dumps(chat("\ud800")), "message 1 holds the broken character"),
         (json.dumps(chat("<image>", images=["gone.png"])), "the image .*gone.png is missing"),
     ],
 )
@@ -145,6 +146,9 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
 
 def test_the_other_kind_is_named(write_rows: WriteRows, tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps([chat()]))
+    (tmp_path / "mark.json").write_bytes(b"\xef\xbb\xbf [{}]")
+    with pytest.raises(ValueError, match="Use kind=json"):
+        open_dataset("jsonl", tmp_path / "mark.json")
     with pytest.raises(ValueError, match=r"is one JSON list, not one object a line. Use kind=json"):
         open_dataset("jsonl", tmp_path / "list.json")
     with pytest.raises(ValueError, match=r"is not valid JSON .*needs kind=jsonl"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import IMAGE, byte_ids
+from small_data import IMAGE, byte_ids
 
 from megavlm.data import Conversation, ImageRef, Message, Tokenizer
 from megavlm.data.chat_template import CHAT_TEMPLATES, EOS, Segment, Special, render
@@ -163,6 +163,12 @@ def test_only_the_very_first_text_starts_the_text(name: str) -> None:
     messages = (Message("user", ("Q",)), Message("assistant", ("A",)))
     encode_segments(render(CHAT_TEMPLATES[name], Conversation(messages), None), tokenizer, "nvlm")
     assert [starts for _, starts in tokenizer.calls] == [True] + [False] * (len(tokenizer.calls) - 1)
+
+
+def test_a_text_behind_an_image_does_not_start_the_text() -> None:
+    tokenizer = RecordingTokenizer()
+    encode_segments([Segment(PICTURE, False), Segment("a", False)], tokenizer, "none")
+    assert tokenizer.calls == [("a", False)]
 
 
 def test_a_missing_special_token_is_named(byte_tokenizer: Tokenizer) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_ids, chat
+from small_data import chat
 
 from megavlm.batch import Batch
 from megavlm.data import DATASETS, Conversation, Dataset, Loader, Message, SampleProcessor
@@ -294,7 +294,3 @@ def no_process_is_left() -> Iterator[None]:
     for child in torch.multiprocessing.active_children():
         child.join(timeout=10)
         assert not child.is_alive()
-
-
-def test_the_answers_are_read_back_as_they_were_written() -> None:
-    assert byte_ids("#7") == [4 + ord("#"), 4 + ord("7")]

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import IMAGE, TILE_SIZE, TOKENS_PER_TILE, byte_ids, chat
 from PIL import Image
+from small_data import IMAGE, TILE_SIZE, TOKENS_PER_TILE, byte_ids, chat
 
 from megavlm.data import DataConfig, SampleError, SampleProcessor, Tokenizer, parse_conversation
 from megavlm.data.tilings import TileLayout

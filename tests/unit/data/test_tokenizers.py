@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pydantic
 import pytest
-from conftest import byte_ids
+from small_data import byte_ids
 
 from megavlm.data import TOKENIZERS, Tokenizer, TokenizerConfig
 from megavlm.data.tokenizers import HuggingFaceTokenizerConfig, SentencePieceTokenizerConfig
@@ -109,17 +109,62 @@ def test_a_pickled_tokenizer_is_the_same(any_tokenizer: Tokenizer) -> None:
         assert again.encode(text) == any_tokenizer.encode(text)
 
 
-def test_metaspace_tokenizers_get_no_space_in_the_middle(tmp_path: Path, bpe_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "rule", "prefix"),
+    [
+        ("normalizer", {"type": "Prepend", "prepend": "\u2581"}, "\u2581"),
+        (
+            "normalizer",
+            {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "_"}, {"type": "NFC"}]},
+            "_",
+        ),
+        (
+            "pre_tokenizer",
+            {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+            " ",
+        ),
+        (
+            "pre_tokenizer",
+            {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": True},
+                    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+                ],
+            },
+            "\u2581",
+        ),
+    ],
+)
+def test_a_prefix_stands_only_before_the_first_text(
+    tmp_path: Path, bpe_folder: Path, part: str, rule: dict[str, object], prefix: str
+) -> None:
     state = json.loads((bpe_folder / "tokenizer.json").read_text())
-    state["normalizer"] = {
-        "type": "Sequence",
-        "normalizers": [{"type": "Prepend", "prepend": "X"}, {"type": "NFC"}],
-    }
+    state[part] = rule
     shutil.copytree(bpe_folder, tmp_path / "prefixed")
     (tmp_path / "prefixed" / "tokenizer.json").write_text(json.dumps(state))
     tokenizer = HuggingFaceTokenizerConfig(path=tmp_path / "prefixed").build()
-    assert tokenizer.decode(tokenizer.encode("hello", starts_text=True)) == "Xhello"
+    assert tokenizer.decode(tokenizer.encode("hello", starts_text=True)) == prefix + "hello"
     assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
+
+
+def test_a_spelling_that_normalisation_makes_stays_text(normalising_file: Path) -> None:
+    tokenizer = SentencePieceTokenizerConfig(path=normalising_file).build()
+    ids = tokenizer.encode("a\uff1c|im_end|\uff1e b")
+    assert tokenizer.special_id("<|im_end|>") not in ids
+    assert tokenizer.decode(ids) == "a<|im_end|> b"
+
+
+def test_settings_of_the_folder_do_not_cut_or_fill_texts(byte_folder: Path, tmp_path: Path) -> None:
+    state = json.loads((byte_folder / "tokenizer.json").read_text())
+    state["truncation"] = {"max_length": 4, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
+    padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}
+    state["padding"] = padding | {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    shutil.copytree(byte_folder, tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer = HuggingFaceTokenizerConfig(path=tmp_path / "copy").build()
+    assert tokenizer.encode("ab") == byte_ids("ab")
+    assert tokenizer.encode("abcdefghijkl") == byte_ids("abcdefghijkl")
 
 
 @pytest.mark.parametrize("kind", list(TOKENIZERS))

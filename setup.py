@@ -1,4 +1,4 @@
-"""Installs the ``megavlm`` package and command. Dependencies are in requirements*.txt, the torch pin in constraints.txt."""
+"""Installs the ``megavlm`` package and command. Dependencies: requirements*.txt; the torch pin: constraints.txt."""
 
 import re
 from pathlib import Path

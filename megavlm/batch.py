@@ -50,6 +50,9 @@ class Batch:
     visible_tiles: Tensor
     """``[N, S, 2]`` int64: half-open range of this batch's tiles that a token may see by cross-attention."""
     skipped: list[SkippedSample] = field(default_factory=list)
+    """Samples whose rows train nothing, with the reasons."""
+    num_degraded: int = 0
+    """Images that got fewer tiles than the tiling chose, so that their sample fits."""
 
     @property
     def is_packed(self) -> bool:
@@ -66,7 +69,7 @@ class Batch:
 
     def padded_to(self, length: int) -> "Batch":
         """Return the batch with rows of ``length`` tokens; what is added trains nothing."""
-        num_rows, old_length = self.tokens.shape
+        old_length = self.tokens.shape[1]
         added = length - old_length
         assert added >= 0, (length, old_length)
         if added == 0:
@@ -87,4 +90,4 @@ class Batch:
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """Return the batch with every tensor on ``device``."""
         moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors().items()}
-        return dataclasses.replace(self, **moved)
+        return Batch(**moved, skipped=self.skipped, num_degraded=self.num_degraded)

@@ -129,7 +129,7 @@ def _eval(options: argparse.Namespace) -> None:
         start_log(me.rank, folder.path / "log.txt")
         parts = build_parts(recipe, world_size=me.world_size)
         parts.engine.wrap(parts.build_chunks(), training=False)
-        load_checkpoint(checkpoint, parts.engine, with_optimizer=False)
+        load_checkpoint(checkpoint, parts.engine, with_optimizer=False, verify=recipe.checkpoint.verify)
         score, answers = evaluate(
             parts, limit=options.limit, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens
         )

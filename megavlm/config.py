@@ -21,7 +21,7 @@ _BASE_KEY = "base"
 
 
 class Config(pydantic.BaseModel):
-    """Base of every typed piece of a recipe: unknown keys and wrong types are errors, and a read recipe is read-only."""
+    """Base of every typed piece of a recipe: unknown keys and wrong types are errors, and it cannot be changed."""
 
     model_config = pydantic.ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True

@@ -57,6 +57,9 @@ class CheckpointConfig(Config):
     keep_last: pydantic.PositiveInt = 2
     """Checkpoints kept; older ones are deleted after a new one is complete."""
     async_save: bool = False
+    """Write checkpoints in processes beside training."""
+    verify: bool = True
+    """Compare every file of a checkpoint with its manifest before loading it."""
 
 
 class LoggingConfig(Config):

@@ -106,7 +106,8 @@ def estimate_tokens(text: str) -> int:
 def draw_conversation(page: Page, rng: np.random.Generator) -> dict[str, str]:
     """Return different questions about ``page`` with their answers, enough to fill a row of about the same length.
 
-    Long answers come last: they would give the short ones away.
+    They stay in random order. With the long answers last, each number had been given before it was read in a row, and
+    the model learnt to copy it from there.
     """
     answers: dict[str, str] = {}
     tokens = TILE_TOKENS * (len(page.numbers) + 1)
@@ -116,7 +117,7 @@ def draw_conversation(page: Page, rng: np.random.Generator) -> dict[str, str]:
         if answers and tokens > TRAINED_ROW_TOKENS:
             break
         answers[text] = answer
-    return dict(sorted(answers.items(), key=lambda turn: len(turn[1])))
+    return answers
 
 
 def make_row(part_name: str, index: int, scans: Scans, settings: Settings) -> tuple[Row, Page, Image.Image]:

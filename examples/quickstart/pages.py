@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 
 GRIDS = {
@@ -22,6 +22,10 @@ CELL_SIDE = (36, 60)
 """Shortest and longest side in pixels of a cell of any other page."""
 STRETCH = 0.04
 """Most by which width and height differ from a whole number of square cells; tiling still chooses the page's grid."""
+LINE_WIDTH = 2
+"""Pixels of the lines between cells."""
+LINE_INK = 110
+"""How dark they are; 255 is the pen."""
 
 HELD_OUT_SHARE = 0.2
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
@@ -89,9 +93,14 @@ def draw_ink(page: Page, scans: Scans, rng: np.random.Generator) -> Image.Image:
     width, height = np.round(side * np.array([page.columns, page.rows]) * rng.uniform(1 - STRETCH, 1 + STRETCH, 2))
     cell_width, cell_height = width / page.columns, height / page.rows
     ink = Image.new("L", (int(width), int(height)))
+    lines = ImageDraw.Draw(ink)
+    for column in range(1, page.columns):
+        lines.line([(column * cell_width, 0), (column * cell_width, height)], fill=LINE_INK, width=LINE_WIDTH)
+    for row in range(1, page.rows):
+        lines.line([(0, row * cell_height), (width, row * cell_height)], fill=LINE_INK, width=LINE_WIDTH)
     for index, number in enumerate(page.numbers):
         row, column = divmod(index, page.columns)
-        glyph_height = round(cell_height * rng.uniform(0.6, 0.85))
+        glyph_height = round(cell_height * rng.uniform(0.55, 0.8))
         glyph_widths = np.round(np.minimum(glyph_height * rng.uniform(0.6, 0.85, 2), 0.46 * cell_width)).astype(int)
         free_width, free_height = cell_width - glyph_widths.sum(), cell_height - glyph_height
         left = column * cell_width + free_width * rng.uniform(0.1, 0.9)

@@ -59,6 +59,7 @@ def pack(
         ),
         visible_tiles=torch.zeros(len(rows), length, 2, dtype=torch.int64),
         skipped=[sample for row in rows for sample in row if isinstance(sample, SkippedSample)],
+        num_degraded=sum(sample.num_degraded for row in usable for sample in row),
     )
     boundaries = []
     num_tiles = 0

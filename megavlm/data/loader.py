@@ -27,8 +27,6 @@ class Loader:
 
     consumed_samples: int
     """Samples of all ranks in the steps handed out so far: all that must be saved to go on exactly here."""
-    num_degraded: int
-    """Images of this rank that got fewer tiles so that their sample fits, in the steps handed out so far."""
 
     def __init__(
         self,
@@ -73,7 +71,6 @@ class Loader:
         if len(dataset) == 0:
             raise ValueError("dataset: has 0 rows. Check its path and limit.")
         self.consumed_samples = consumed_samples
-        self.num_degraded = 0
         self._first_position = consumed_samples
         self._endless = endless
         self._num_rows = len(dataset)
@@ -126,10 +123,9 @@ class Loader:
         while self._endless or self.consumed_samples < self._num_rows:
             micro_batches = [self._next(loaded) for _ in range(self._num_micro_batches)]
             self.consumed_samples += self._global_batch_size
-            self.num_degraded += sum(micro_batch.num_degraded for micro_batch in micro_batches)
-            yield [micro_batch.batch for micro_batch in micro_batches]
+            yield micro_batches
 
-    def _next(self, loaded: "Iterator[_LoadedMicroBatch]") -> "_LoadedMicroBatch":
+    def _next(self, loaded: Iterator[Batch]) -> Batch:
         try:
             return next(loaded)
         except (EOFError, OSError) as error:
@@ -178,13 +174,7 @@ class _Plan:
         return row_at(position, self.num_rows, self.seed, self.shuffle)
 
 
-@dataclass
-class _LoadedMicroBatch:
-    batch: Batch
-    num_degraded: int
-
-
-class _MicroBatches(torch.utils.data.Dataset[_LoadedMicroBatch]):
+class _MicroBatches(torch.utils.data.Dataset[Batch]):
     """Makes a micro-batch of row numbers; runs in the workers."""
 
     def __init__(self, dataset: Dataset, processor: SampleProcessor, pad_multiple: int) -> None:
@@ -192,15 +182,14 @@ class _MicroBatches(torch.utils.data.Dataset[_LoadedMicroBatch]):
         self._processor = processor
         self._pad_multiple = pad_multiple
 
-    def __getitem__(self, rows: list[int]) -> _LoadedMicroBatch:
+    def __getitem__(self, rows: list[int]) -> Batch:
         samples = [None if row == _NO_SAMPLE else self._load(row) for row in rows]
-        batch = collate(
+        return collate(
             samples,
             pad_id=self._processor.tokenizer.pad_id,
             tile_size=self._processor.tile_size,
             pad_multiple=self._pad_multiple,
         )
-        return _LoadedMicroBatch(batch, sum(sample.num_degraded for sample in samples if isinstance(sample, Sample)))
 
     def _load(self, row: int) -> Sample | SkippedSample:
         try:

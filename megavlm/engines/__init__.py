@@ -3,7 +3,8 @@
 A kind is one file here and one row in :data:`ENGINES`.
 """
 
-from megavlm.engines.megatron import MegatronEngine, MegatronEngineConfig, OptimizerSettings, Stage, StepResult
+from megavlm.engines.config import MegatronEngineConfig, OptimizerSettings
+from megavlm.engines.megatron import MegatronEngine, Stage, StepResult
 
 ENGINES: dict[str, type] = {
     "megatron": MegatronEngineConfig,

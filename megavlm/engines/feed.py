@@ -40,15 +40,9 @@ class Feed:
         return self
 
     def __next__(self) -> list[Batch]:
-        if self._is_alone:
+        if self._steps is not None and self._is_alone:
             return [batch.to(self._device) for batch in next(self._steps)]
-        return self._receive(self._read() if self._steps is not None else None)
-
-    def _read(self) -> list[Batch] | BaseException:
-        try:
-            return next(self._steps)
-        except (StopIteration, ValueError, OSError, RuntimeError) as error:
-            return error  # told to the others before it is raised here
+        return self._receive(_read(self._steps) if self._steps is not None else None)
 
     def _receive(self, read: list[Batch] | BaseException | None) -> list[Batch]:
         """Broadcast a step over the replica. ``read`` is what the reader got."""
@@ -86,6 +80,13 @@ class Feed:
             field.copy_(values.view_as(field))
 
 
+def _read(steps: Iterator[list[Batch]]) -> list[Batch] | BaseException:
+    try:
+        return next(steps)
+    except (StopIteration, ValueError, OSError, RuntimeError) as error:
+        return error  # told to the others before it is raised here
+
+
 def _header(read: list[Batch] | BaseException) -> list[dict[str, Any]] | str | None:
     """What the other ranks need before the tensors: shapes and skipped samples, an error's text, or None at the end."""
     if isinstance(read, StopIteration):
@@ -96,6 +97,7 @@ def _header(read: list[Batch] | BaseException) -> list[dict[str, Any]] | str | N
         {
             "shapes": {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in batch.tensors().items()},
             "skipped": batch.skipped,
+            "num_degraded": batch.num_degraded,
         }
         for batch in read
     ]
@@ -105,4 +107,4 @@ def _empty_like(header: dict[str, Any]) -> Batch:
     fields: dict[str, Tensor] = {
         name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in header["shapes"].items()
     }
-    return Batch(**fields, skipped=header["skipped"])
+    return Batch(**fields, skipped=header["skipped"], num_degraded=header["num_degraded"])

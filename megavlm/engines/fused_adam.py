@@ -70,12 +70,21 @@ class FusedAdam(torch.optim.Optimizer):
                 self._update(group, params)
         return loss
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def initialize_state(self) -> None:
+        """Give every parameter its zero moments and every group its step now instead of at the first update."""
+        for group in self.param_groups:
+            group.setdefault("step", 0)
+            self._make_moments(group["params"])
+
+    def _make_moments(self, params: list[Tensor]) -> None:
         for param in params:
             state = self.state[param]
             if not state:
                 state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        self._make_moments(params)
         # The kernel reads the step and leaves it alone, so one tensor serves all parameters of the call.
         step = torch.full((), float(group["step"]), dtype=torch.float32, device=params[0].device)
         self._kernel(

@@ -7,148 +7,24 @@ The same code runs on gloo and nccl. It knows nothing of what the model computes
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import pydantic
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor
 
 from megavlm.batch import Batch
-from megavlm.config import Config
 from megavlm.engines import guards
+from megavlm.engines.config import MegatronEngineConfig, OptimizerSettings
+from megavlm.engines.fused_adam import FusedAdam
 from megavlm.runtime import current_device
 from megavlm.runtime.sharding import sharding_metadata
 
 T = TypeVar("T")
-
-
-class MegatronEngineConfig(Config):
-    """Layout, precision and memory settings. Names are megatron-core's."""
-
-    kind: Literal["megatron"] = "megatron"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16`` keeps float32 master weights and gradients."""
-    tensor_model_parallel_size: pydantic.PositiveInt = 1
-    pipeline_model_parallel_size: pydantic.PositiveInt = 1
-    virtual_pipeline_model_parallel_size: pydantic.PositiveInt | None = None
-    """Model chunks of each pipeline rank (interleaved schedule); None: one."""
-    sequence_parallel: bool = False
-    """Split norms and dropout over the sequence on tensor-parallel ranks."""
-    use_distributed_optimizer: bool = True
-    """Shard optimizer state and the update over data-parallel ranks."""
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
-    recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute activations in the backward pass: whole layers, or ``recompute_modules`` of each layer."""
-    recompute_method: Literal["uniform", "block"] | None = None
-    recompute_num_layers: pydantic.PositiveInt | None = None
-    recompute_modules: list[str] | None = None
-    distributed_timeout_minutes: pydantic.PositiveFloat = 10.0
-    """How long a rank waits for the others before it gives up."""
-
-    @pydantic.model_validator(mode="after")
-    def _recompute_is_whole(self) -> "MegatronEngineConfig":
-        if self.recompute_granularity == "full" and not (self.recompute_method and self.recompute_num_layers):
-            raise ValueError(
-                "engine.recompute_granularity='full': needs recompute_method (uniform or block) and "
-                f"recompute_num_layers, given {self.recompute_method} and {self.recompute_num_layers}."
-            )
-        if self.recompute_granularity != "full" and (self.recompute_method or self.recompute_num_layers):
-            raise ValueError(
-                f"engine.recompute_method={self.recompute_method!r}: only means something with "
-                f"recompute_granularity='full', which is {self.recompute_granularity!r}."
-            )
-        return self
-
-    # Fixed for now, and named because the checks of the layout ask for them.
-    @property
-    def context_parallel_size(self) -> int:
-        """Ranks that share one sequence: always 1."""
-        return 1
-
-    @property
-    def expert_model_parallel_size(self) -> int:
-        """Ranks that share the experts of a layer: always 1."""
-        return 1
-
-    @property
-    def expert_tensor_parallel_size(self) -> int | None:
-        """Ranks that share one expert: as many as share other layers."""
-        return None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of weights and activations."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
-
-    @property
-    def pads_micro_batches(self) -> bool:
-        """Whether all micro-batches of a step are padded to one length.
-
-        With two interleaved pipeline stages the next rank is the previous rank, and megatron-core
-        (``P2PCommunicator._communicate_shapes``) pairs the shapes that stages tell each other with the wrong receives.
-        """
-        return self.pipeline_model_parallel_size == 2 and (self.virtual_pipeline_model_parallel_size or 1) > 1
-
-    def megatron_settings(self) -> dict[str, Any]:
-        """TransformerConfig arguments that come from the layout, the precision and the engine's way of working."""
-        is_pipelined = self.pipeline_model_parallel_size > 1
-        return {
-            "tensor_model_parallel_size": self.tensor_model_parallel_size,
-            "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
-            "virtual_pipeline_model_parallel_size": self.virtual_pipeline_model_parallel_size,
-            "sequence_parallel": self.sequence_parallel,
-            "params_dtype": self.dtype,
-            "pipeline_dtype": self.dtype,
-            "bf16": self.precision == "bf16",
-            "recompute_granularity": self.recompute_granularity,
-            "recompute_method": self.recompute_method,
-            "recompute_num_layers": self.recompute_num_layers,
-            "recompute_modules": self.recompute_modules,
-            # Rows of micro-batches differ in length, so stages tell each other the shape. The dispatcher is asked for
-            # by megatron-core's check of that setting, with or without experts.
-            "variable_seq_lengths": is_pipelined and not self.pads_micro_batches,
-            "moe_token_dispatcher_type": "alltoall",
-            "deallocate_pipeline_outputs": is_pipelined,
-            # Losses are summed over tokens; the sum is divided once, by the global number of trained tokens.
-            "calculate_per_token_loss": True,
-            # Weights come from megavlm.models.initialization or a checkpoint, never from the layers' own generators.
-            "perform_initialization": False,
-            "use_cpu_initialization": False,
-            # Fused kernels of Apex and Transformer Engine, which the torch backend does without.
-            "gradient_accumulation_fusion": False,
-            "bias_dropout_fusion": False,
-            "bias_activation_fusion": False,
-            "masked_softmax_fusion": False,
-            "apply_rope_fusion": False,
-        }
-
-
-class OptimizerSettings(Config):
-    """AdamW. Names are megatron-core's."""
-
-    lr: pydantic.PositiveFloat
-    """Peak learning rate."""
-    min_lr: pydantic.NonNegativeFloat = 0.0
-    """Learning rate at the end of the decay."""
-    weight_decay: pydantic.NonNegativeFloat = 0.01
-    """Not applied to biases, norms and other vectors."""
-    adam_beta1: float = pydantic.Field(0.9, ge=0.0, lt=1.0)
-    adam_beta2: float = pydantic.Field(0.95, ge=0.0, lt=1.0)
-    adam_eps: pydantic.PositiveFloat = 1e-8
-    clip_grad: pydantic.NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0: no clipping."""
 
 
 @dataclass(frozen=True)
@@ -180,10 +56,10 @@ class MegatronEngine:
     def __init__(self, config: MegatronEngineConfig) -> None:
         self.config = config
         self.device = current_device()
-        self.chunks: list[torch.nn.Module] = []
+        self.chunks: list[MegatronModule] = []
         """This rank's model chunks as they were built."""
-        self.optimizer: MegatronOptimizer | None = None
-        self._wrapped: list[torch.nn.Module] = []
+        self._optimizer: MegatronOptimizer | None = None
+        self._wrapped: list[MegatronModule] = []
         self._loss_scale = 1.0
 
     # ---- start -------------------------------------------------------------------------------------------------------
@@ -232,7 +108,7 @@ class MegatronEngine:
 
     # ---- model and optimizer -----------------------------------------------------------------------------------------
 
-    def wrap(self, chunks: Sequence[torch.nn.Module], *, training: bool = True) -> None:
+    def wrap(self, chunks: Sequence[MegatronModule], *, training: bool = True) -> None:
         """Take this rank's model chunks (one per entry of :meth:`stages`), with weights and ``requires_grad`` set.
 
         Args:
@@ -241,30 +117,44 @@ class MegatronEngine:
         """
         self.chunks = [chunk.to(self.device) for chunk in chunks]
         guards.before_wrap(self.chunks)
-        modules: list[torch.nn.Module] = list(self.chunks)
+        modules: list[MegatronModule] = list(self.chunks)
         if self.config.precision == "bf16":
             modules = [Float16Module(module.config, module) for module in modules]
         if training:
+            has_replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=self.config.use_distributed_optimizer,
-                overlap_grad_reduce=self.config.overlap_grad_reduce,
-                overlap_param_gather=self.config.overlap_param_gather,
+                overlap_grad_reduce=self.config.overlap_grad_reduce and has_replicas,
+                overlap_param_gather=self.config.overlap_param_gather and has_replicas,
             )
             modules = [
                 # only the first chunk of an interleaved schedule gains from small buckets (as in Megatron-LM)
                 DistributedDataParallel(module.config, ddp_config, module, disable_bucketing=number > 0)
                 for number, module in enumerate(modules)
             ]
+            if not has_replicas:
+                guards.skip_lone_collectives(modules)
         self._wrapped = modules
         for chunk in self.chunks:
             guards.settle_config(chunk.config)
             chunk.config.finalize_model_grads_func = _finalize_summed_grads
             chunk.config.grad_scale_func = self._scale_loss
 
+    @property
+    def optimizer(self) -> MegatronOptimizer:
+        """megatron-core's optimizer; :meth:`build_optimizer` makes it."""
+        assert self._optimizer is not None, "build_optimizer comes first"
+        return self._optimizer
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether :meth:`build_optimizer` was called."""
+        return self._optimizer is not None
+
     def build_optimizer(self, settings: OptimizerSettings) -> MegatronOptimizer:
         """Make the optimizer of the parameters that train."""
-        self.optimizer = get_megatron_optimizer(
+        self._optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
                 lr=settings.lr,
@@ -281,7 +171,12 @@ class MegatronEngine:
             ),
             self._wrapped,
         )
-        return self.optimizer
+        for inner in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
+            if isinstance(inner.optimizer, FusedAdam):
+                inner.optimizer.initialize_state()  # a run may be saved before its first update
+        return self._optimizer
+
+    # ---- what ranks tell each other ----------------------------------------------------------------------------------
 
     def sum_over_replicas(self, numbers: Sequence[float]) -> list[float]:
         """Add up numbers over the data-parallel ranks."""
@@ -321,10 +216,11 @@ class MegatronEngine:
             name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, self.chunks, strict=True)
         }
         if with_optimizer:
-            assert self.optimizer is not None, "build_optimizer comes before its state"
             # of one chunk the optimizer wants the chunk's own dict, of several the dict of them
             model_state = state["model"] if len(self.chunks) == 1 else dict(state)
-            state["optimizer"] = self.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+            state["optimizer"] = self.optimizer.sharded_state_dict(
+                model_state, is_loading=is_loading, metadata=metadata
+            )
         return state
 
     def load_state_dict(self, state: dict[str, Any], *, with_optimizer: bool) -> None:
@@ -336,9 +232,10 @@ class MegatronEngine:
         for number, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state["model" if len(self.chunks) == 1 else f"model{number}"], strict=False)
         if with_optimizer:
-            guards.check_optimizer_state(state["optimizer"])
+            if self.config.use_distributed_optimizer:
+                guards.check_optimizer_state(state["optimizer"])
             self.optimizer.load_state_dict(state["optimizer"])
-        elif self.optimizer is not None:
+        elif self._optimizer is not None:
             self.optimizer.reload_model_params()
 
     # ---- steps -------------------------------------------------------------------------------------------------------
@@ -350,7 +247,6 @@ class MegatronEngine:
         on micro-batch size, accumulation or data parallelism. A global batch without a trained token, or with
         gradients that are not finite, changes nothing and says so.
         """
-        assert self.optimizer is not None, "build_optimizer comes before train_step"
         for module in self._wrapped:
             module.train()
             module.zero_grad_buffer()
@@ -432,13 +328,15 @@ class MegatronEngine:
         if not math.isfinite(grad_norm):
             return grad_norm, False
         clip_grad = self.optimizer.config.clip_grad
-        if clip_grad > 0.0:
-            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), clip_grad, grad_norm)
+        if grad_norm > clip_grad > 0.0:
+            grads = [parameter.grad for parameter in self.optimizer.get_parameters() if parameter.grad is not None]
+            if grads:  # a pipeline stage may be frozen whole
+                torch._foreach_mul_(grads, clip_grad / (grad_norm + 1e-6))
         self.optimizer.step_with_ready_grads()
         return grad_norm, True
 
     def _count_trained(self, batches: Sequence[Batch]) -> int:
-        count = sum(batch.loss_mask.count_nonzero() for batch in batches).to(torch.int64)
+        count = torch.stack([batch.loss_mask.count_nonzero() for batch in batches]).sum()
         torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
         return int(count)
 

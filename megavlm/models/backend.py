@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megavlm.models.kernels import rms_norm, short_attention, takes_short_attention
 from megavlm.models.weights import start_at
 
 
@@ -47,11 +48,13 @@ class Norm(torch.nn.Module):
         has_bias = config.normalization == "LayerNorm"
         self.bias = torch.nn.Parameter(zeros.to(config.params_dtype)) if has_bias else None
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise the last dimension of ``[..., hidden_size]``."""
         if self.bias is None:
+            if hidden_states.device.type == "cpu":
+                return rms_norm(hidden_states, self.weight, self.eps)
             return F.rms_norm(hidden_states, self.normalized_shape, self.weight, self.eps)
         return F.layer_norm(hidden_states, self.normalized_shape, self.weight, self.bias, self.eps)
 
@@ -111,9 +114,14 @@ class SDPACoreAttention(torch.nn.Module):
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         is_causal = attention_mask is None and mask_type == AttnMaskType.causal and query.shape[0] == key.shape[0]
         dropout = self.dropout if self.training else 0.0
+        if dropout == 0.0 and takes_short_attention(query, key):
+            scale = self.softmax_scale or query.shape[-1] ** -0.5
+            return short_attention(query, key, value, mask=attention_mask, is_causal=is_causal, scale=scale)
         with self._dropout_stream(dropout):
             attended = F.scaled_dot_product_attention(
-                *(states.permute(1, 2, 0, 3) for states in (query, key, value)),
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
                 attn_mask=None if attention_mask is None else ~attention_mask,
                 is_causal=is_causal,
                 dropout_p=dropout,

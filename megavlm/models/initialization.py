@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megavlm.models.weights import WeightSlot, count_unreachable, fill_weights
@@ -16,7 +17,7 @@ _RESIDUAL_WRITERS = ("linear_proj.weight", "linear_fc2.weight")
 """Layers whose output is added to the residual stream of a transformer."""
 
 
-def initialize_weights(chunks: Sequence[torch.nn.Module], seed: int) -> None:
+def initialize_weights(chunks: Sequence[MegatronModule], seed: int) -> None:
     """Draw all weights of this rank's (unwrapped) model chunks, in place.
 
     Weights are normal with their part's ``init_method_std`` (the residual writers of a transformer divided by the

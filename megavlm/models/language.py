@@ -1,6 +1,6 @@
 """The language model: a decoder-only transformer of the Llama and Qwen2 families, from megatron-core parts.
 
-Shape letters: N rows, S tokens a row, H hidden width, V vocabulary, M trained tokens of the batch, D channels of a head.
+Shape letters: N rows, S tokens a row, H hidden width, V vocabulary, M tokens whose logits are wanted.
 """
 
 import copy
@@ -57,7 +57,7 @@ class LanguageConfig(Config):
     rope_scaling_factor: pydantic.PositiveFloat | None = None
     """Llama-3.1's stretching of low rotary frequencies; None: off."""
     init_method_std: pydantic.PositiveFloat = 0.02
-    """Standard deviation of fresh weights; layers that write to the residual stream get 1 / sqrt(2 * num_layers) of it."""
+    """Standard deviation of fresh weights; writers to the residual stream get 1 / sqrt(2 * num_layers) of it."""
     attention_dropout: pydantic.NonNegativeFloat = 0.0
     hidden_dropout: pydantic.NonNegativeFloat = 0.0
 

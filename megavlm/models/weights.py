@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megavlm.runtime.sharding import sharding_metadata
@@ -36,7 +37,7 @@ FullTensor = Callable[[WeightSlot], Tensor]
 
 def start_at(parameter: torch.nn.Parameter, constant: float) -> torch.nn.Parameter:
     """Say that a fresh model holds ``constant`` in this parameter (norm weights, layer scales, gates)."""
-    parameter.constant = constant
+    parameter.constant = constant  # type: ignore[attr-defined]
     return parameter
 
 
@@ -45,10 +46,10 @@ def mark_padded(parameter: torch.nn.Parameter, full_shape: tuple[int, ...]) -> N
 
     Padding holds zeros, is never drawn at random, and may differ between layouts and checkpoints.
     """
-    parameter.unpadded_shape = full_shape
+    parameter.unpadded_shape = full_shape  # type: ignore[attr-defined]
 
 
-def fill_weights(chunks: Sequence[torch.nn.Module], full_tensor: FullTensor) -> set[str]:
+def fill_weights(chunks: Sequence[MegatronModule], full_tensor: FullTensor) -> set[str]:
     """Copy each parameter's part of its full tensor into this rank's model chunks, in place.
 
     Args:
@@ -77,7 +78,7 @@ def fill_weights(chunks: Sequence[torch.nn.Module], full_tensor: FullTensor) -> 
     return filled
 
 
-def count_unreachable(chunks: Sequence[torch.nn.Module]) -> int:
+def count_unreachable(chunks: Sequence[MegatronModule]) -> int:
     """Count this rank's parameter elements that :func:`fill_weights` cannot reach: 0 unless a module hides some."""
     reached = sum(
         shard.data.numel()
@@ -112,7 +113,7 @@ def _copy_shard(full: Tensor, shard: ShardedTensor) -> None:
     shard.data[tuple(slice(0, size) for size in part.shape)].copy_(part)
 
 
-def count_parameters(chunks: Sequence[torch.nn.Module]) -> Counter[str]:
+def count_parameters(chunks: Sequence[MegatronModule]) -> Counter[str]:
     """Count the model's parameters per part, padding not counted, each once over all ranks.
 
     Args:

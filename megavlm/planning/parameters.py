@@ -16,8 +16,8 @@ from megavlm.runtime.fake_world import fake_world
 def count_recipe_parameters(recipe: Recipe) -> Counter[str]:
     """Return parameters per part of the whole model, vocabulary and head padding not counted.
 
-    The model is built on the ``meta`` device, undivided; the recipe's layout does not matter. The tokenizer's vocabulary
-    counts unless ``model.language.vocab_size`` is given.
+    The model is built on the ``meta`` device, undivided; the recipe's layout does not matter. The tokenizer's
+    vocabulary counts unless ``model.language.vocab_size`` is given.
 
     Raises:
         ValueError: the tokenizer is needed and cannot be read.

@@ -11,24 +11,37 @@ from typing import Protocol
 class ParallelSizes(Protocol):
     """The layout. Recipes and TransformerConfig both have these fields, in megatron-core's spelling."""
 
-    tensor_model_parallel_size: int
-    pipeline_model_parallel_size: int
-    virtual_pipeline_model_parallel_size: int | None
-    context_parallel_size: int
-    expert_model_parallel_size: int
-    expert_tensor_parallel_size: int | None
-    sequence_parallel: bool
+    @property
+    def tensor_model_parallel_size(self) -> int: ...
+    @property
+    def pipeline_model_parallel_size(self) -> int: ...
+    @property
+    def virtual_pipeline_model_parallel_size(self) -> int | None: ...
+    @property
+    def context_parallel_size(self) -> int: ...
+    @property
+    def expert_model_parallel_size(self) -> int: ...
+    @property
+    def expert_tensor_parallel_size(self) -> int | None: ...
+    @property
+    def sequence_parallel(self) -> bool: ...
 
 
 class ModelSizes(Protocol):
     """What the layout has to divide. TransformerConfig has these fields."""
 
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int | None
-    num_attention_heads: int
-    num_query_groups: int | None
-    num_moe_experts: int | None
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def ffn_hidden_size(self) -> int | None: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_query_groups(self) -> int | None: ...
+    @property
+    def num_moe_experts(self) -> int | None: ...
 
 
 def check_parallel_config(

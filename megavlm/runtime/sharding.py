@@ -8,8 +8,8 @@ from megatron.core import parallel_state
 def sharding_metadata() -> dict[str, Any]:
     """The metadata that every ``sharded_state_dict`` call of the project passes. Needs megatron-core's groups.
 
-    One key per layer (``non_homogeneous_layers``): with stacked layers a model of which only some layers train cannot be
-    saved. ``fully_reshardable`` is the one optimizer layout that loads under every other layout.
+    One key per layer (``non_homogeneous_layers``): with stacked layers a model of which only some layers train cannot
+    be saved. ``fully_reshardable`` is the one optimizer layout that loads under every other layout.
     """
     return {
         "distrib_optim_sharding_type": "fully_reshardable",

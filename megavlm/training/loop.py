@@ -12,7 +12,7 @@ import yaml
 from megavlm.build import Parts, build_parts
 from megavlm.checkpoint import AsyncSaver, RunFolder, find_checkpoint, load_checkpoint, save_checkpoint
 from megavlm.config import dump_recipe, save_recipe
-from megavlm.data import Dataset, Loader
+from megavlm.data import Dataset, DatasetConfig, Loader
 from megavlm.engines.feed import Feed, is_reader
 from megavlm.models.initialization import initialize_weights
 from megavlm.models.weights import count_parameters
@@ -81,15 +81,15 @@ def train(recipe: Recipe, process: Process) -> None:
 
 def _open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
     """Open training and validation data; rows that cannot be used are told now."""
-    opened = []
-    for config in (recipe.data.train, recipe.data.valid):
-        dataset = config.build() if config is not None else None
-        if dataset is not None:
-            LOGGER.info("%d samples in %s, %d unusable rows left out", len(dataset), config.path, dataset.num_bad_rows)
-            for row in dataset.bad_rows:
-                LOGGER.warning("unusable row: %s", row)
-        opened.append(dataset)
-    return opened[0], opened[1]
+
+    def open_one(config: DatasetConfig) -> Dataset:
+        dataset = config.build()
+        LOGGER.info("%d samples in %s, %d unusable rows left out", len(dataset), config.path, dataset.num_bad_rows)
+        for row in dataset.bad_rows:
+            LOGGER.warning("unusable row: %s", row)
+        return dataset
+
+    return open_one(recipe.data.train), open_one(recipe.data.valid) if recipe.data.valid else None
 
 
 def _build_loader(parts: Parts, dataset: Dataset, *, endless: bool, consumed_samples: int = 0) -> Loader:
@@ -124,12 +124,13 @@ def _prepare_model(parts: Parts, folder: RunFolder) -> Position:
     engine.build_optimizer(recipe.training.optimizer)
     if resume_from is not None:
         _check_same_model(recipe, resume_from)
-        loaded = load_checkpoint(resume_from, engine, with_optimizer=True)
+        loaded = load_checkpoint(resume_from, engine, with_optimizer=True, verify=recipe.checkpoint.verify)
         LOGGER.info("resuming %s after step %d", folder.path, loaded.iteration)
         return Position(iteration=loaded.iteration)
     if recipe.checkpoint.pretrained_checkpoint is not None:
-        load_checkpoint(recipe.checkpoint.pretrained_checkpoint, engine, with_optimizer=False)
-        LOGGER.info("starting from the weights of %s", recipe.checkpoint.pretrained_checkpoint)
+        source = recipe.checkpoint.pretrained_checkpoint
+        load_checkpoint(source, engine, with_optimizer=False, verify=recipe.checkpoint.verify)
+        LOGGER.info("starting from the weights of %s", source)
     return Position()
 
 

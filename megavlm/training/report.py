@@ -45,6 +45,7 @@ class Report:
         self._totals: Counter[str] = Counter()
         """Skipped and nan iterations since the run (re)started."""
         self._num_skipped_samples = 0
+        self._num_degraded_images = 0
         self._window: list[StepResult] = []
         self._window_start = time.perf_counter()
         self._window_data_wait = 0.0
@@ -100,14 +101,21 @@ class Report:
         self._window_data_wait += data_wait
         self._count(result)
         for batch in batches:
+            self._num_degraded_images += batch.num_degraded
             for sample in batch.skipped:
                 self._num_skipped_samples += 1
                 LOGGER.warning(
                     "skipped sample %s (%s): %s", sample.key, sample.reason, sample.message, extra={"any_rank": True}
                 )
         if self._metrics is not None:
-            point = {"iteration": iteration, "lm loss": result.loss, "grad norm": result.grad_norm, "lr": lr}
-            point |= {"trained tokens": result.num_trained_tokens, "skip reason": result.skip_reason}
+            point: dict[str, float | str | None] = {
+                "iteration": iteration,
+                "lm loss": result.loss,
+                "grad norm": result.grad_norm,
+                "lr": lr,
+                "trained tokens": result.num_trained_tokens,
+                "skip reason": result.skip_reason,
+            }
             self._metrics.write(json.dumps(point) + "\n")
         if self._progress is not None:
             self._progress.update(self._task, completed=iteration, loss=f"loss {result.loss:.3f}")
@@ -142,7 +150,9 @@ class Report:
         loss = sum(step.loss for step in trained) / len(trained) if trained else 0.0
         tokens = sum(step.num_trained_tokens for step in self._window) / num_steps
         batch_size = self._recipe.training.global_batch_size
-        [skipped_samples] = self._engine.sum_over_replicas([self._num_skipped_samples])
+        skipped_samples, degraded_images = self._engine.sum_over_replicas(
+            [self._num_skipped_samples, self._num_degraded_images]
+        )
         # Widths and separators of Megatron-LM's training_log, which many scripts read; what is ours comes after.
         LOGGER.info(
             f"iteration {iteration:8d}/{self._recipe.training.train_iters:8d} |"
@@ -158,6 +168,7 @@ class Report:
             f" trained tokens per iteration: {tokens:.0f} |"
             f" data wait (ms): {self._window_data_wait / num_steps * 1000.0:.1f} |"
             f" skipped samples: {skipped_samples:.0f} |"
+            f" images with fewer tiles: {degraded_images:.0f} |"
         )
         points = {
             "lm loss": loss,
@@ -166,6 +177,7 @@ class Report:
             "grad-norm": self._window[-1].grad_norm,
             "iteration-time": seconds,
             "skipped-samples": skipped_samples,
+            "degraded-images": degraded_images,
         }
         self._add_scalars(iteration, points)
         self._window.clear()

@@ -1,6 +1,7 @@
-"""What a person gets wrong: one clear error before training where it can be known, else the sample is skipped and said."""
+"""What a person gets wrong: one clear error before training where it can be known, else a skipped sample."""
 
 import json
+import re
 import struct
 import subprocess
 import zlib
@@ -111,6 +112,9 @@ def test_an_image_that_does_not_fit_loses_tiles_then_is_skipped(
     assert "over_length" in result.stdout
     assert "rows.jsonl:2" in result.stdout
     assert "rows.jsonl:1" not in result.stdout
+    degraded = re.search(r"images with fewer tiles: (\d+) \|", result.stdout)
+    assert degraded
+    assert int(degraded.group(1)) > 4
 
 
 @pytest.mark.parametrize(

@@ -48,14 +48,18 @@ TINY: dict[str, Any] = {
 }
 
 
+Shard = tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]
+"""Checkpoint key, full shape, offset, values."""
+
+
 @dataclass
 class Outcome:
     """What some steps of training gave, on one rank."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
-    shards: list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]] = field(default_factory=list)
-    """Gradients of the last step: checkpoint key, full shape, offset, values."""
+    shards: list[Shard] = field(default_factory=list)
+    """Gradients of the last step."""
 
 
 def make_batch(rows: Sequence[Sequence[int]], seed: int, length: int = 40) -> Batch:
@@ -111,7 +115,7 @@ def train_tiny(
     model: dict[str, Any] | None = None,
     clip_grad: float = 1.0,
 ) -> Outcome:
-    """Train on this rank's share of :func:`mixed_batches`. Gradients are those before clipping if ``clip_grad`` is 0."""
+    """Train on this rank's share of :func:`mixed_batches`; gradients are unclipped if ``clip_grad`` is 0."""
     engine, chunks = build_tiny(engine_config, trainable, model)
     engine.build_optimizer(OptimizerSettings(lr=1e-2, clip_grad=clip_grad))
     outcome = Outcome()
@@ -154,7 +158,7 @@ def build_tiny(
     return engine, chunks
 
 
-def gradient_shards(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]:
+def gradient_shards(chunks: Sequence[torch.nn.Module]) -> list[Shard]:
     """The gradients of this rank, each with its place in the full tensor. Needs unsharded gradient buffers."""
     found = []
 

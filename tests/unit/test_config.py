@@ -56,7 +56,8 @@ def test_saved_recipe_reads_back_equal(recipe: Path, tmp_path: Path) -> None:
 
 def test_base_is_relative_to_the_file_and_the_upper_file_wins(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
-    write(tmp_path / "models" / "base.yaml", "shape: {kind: square, side_length: 7}\ninner: {count: 1, names: [p, q]}\n")
+    base = "shape: {kind: square, side_length: 7}\ninner: {count: 1, names: [p, q]}\n"
+    write(tmp_path / "models" / "base.yaml", base)
     upper = write(tmp_path / "recipe.yaml", "base: models/base.yaml\ninner: {names: [z]}\n")
     loaded = load_recipe(upper, [], Outer)
     assert loaded.shape == Square(side_length=7.0)

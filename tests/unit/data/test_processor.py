@@ -161,6 +161,11 @@ def test_a_prompt_ends_where_the_answer_begins(make_processor: MakeProcessor, wr
         assert torch.equal(prompt.sample.tiles, sample.tiles)
 
 
+@pytest.mark.parametrize(("template", "ids"), [("chatml", {0, 3}), ("llama2", {0}), ("vicuna", {0}), ("plain", {0})])
+def test_what_ends_an_answer(make_processor: MakeProcessor, template: str, ids: set[int]) -> None:
+    assert make_processor(chat_template=template).stop_token_ids == ids
+
+
 def test_a_question_alone_gives_a_prompt(make_processor: MakeProcessor) -> None:
     row = {"messages": [{"role": "user", "content": "Hi"}]}
     prompt = make_processor().prompt("k", parse_conversation(row, "k", Path(), needs_answer=False))

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-
 from megavlm.batch import Batch, SkippedSample
 from megavlm.config import load_recipe
 from megavlm.engines import StepResult
@@ -39,7 +38,8 @@ class OneReplica:
 
 @pytest.fixture
 def recipe() -> Recipe:
-    return load_recipe(EXAMPLES / "nvlm/nvlm_d_72b_sft.yaml", ["logging.log_interval=2", "training.train_iters=2000"], Recipe)
+    overrides = ["logging.log_interval=2", "training.train_iters=2000"]
+    return load_recipe(EXAMPLES / "nvlm/nvlm_d_72b_sft.yaml", overrides, Recipe)
 
 
 def empty_batch(skipped: list[SkippedSample]) -> Batch:
@@ -110,7 +110,8 @@ def test_tensorboard_has_megatrons_tags(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_loss_picture(recipe: Recipe, tmp_path: Path) -> None:
     lines = [{"iteration": n, "lm loss": 5.0 / n, "lr": 1e-3, "trained tokens": 4} for n in range(1, 60)]
-    lines += [{"iteration": 30, "lm loss": 0.0, "lr": 1e-3, "trained tokens": 0}, {"iteration": 59, "lm loss validation": 1}]
+    lines.append({"iteration": 30, "lm loss": 0.0, "lr": 1e-3, "trained tokens": 0})
+    lines.append({"iteration": 59, "lm loss validation": 1})
     (tmp_path / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
     with Image.open(draw_loss(tmp_path)) as picture:
         assert picture.size > (600, 300)

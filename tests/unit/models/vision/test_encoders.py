@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megavlm.config import validate
 from megavlm.models.backend import BACKENDS, attention_spec
+from megavlm.models.first_stage import first_stage_config
 from megavlm.models.initialization import initialize_weights
 from megavlm.models.vision import VISION_ENCODERS
 from megavlm.models.vision import clip as clip_module
 from megavlm.models.vision.clip import ClipConfig, quick_gelu
 from megavlm.models.vision.internvit import FullWidthRMSNorm, InternViTConfig
-from megavlm.models.first_stage import first_stage_config
 from megavlm.models.vision.transformer import VisionTransformer
 from megavlm.runtime import process
 from megavlm.runtime.sharding import sharding_metadata

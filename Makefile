@@ -29,7 +29,7 @@ train: install
 	$(BIN)/megavlm eval $(RUNS)/stage2 --nproc-per-node $(NPROC)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(NPROC) --dist loadfile
 
 check: install
 	$(BIN)/ruff check .

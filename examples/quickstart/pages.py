@@ -41,7 +41,7 @@ QUESTIONS: Mapping[str, tuple[str, ...]] = {
     "all": ("Read all the numbers in order.", "Which numbers are on the page?"),
 }
 """Kind of question -> the ways to ask it."""
-KIND_WEIGHTS = {"single": 1, "tile": 3, "order": 2, "last": 1, "cell": 3, "corner": 2, "row": 2, "column": 1, "all": 1}
+KIND_WEIGHTS = {"single": 1, "tile": 3, "order": 2, "last": 1, "cell": 3, "corner": 2, "row": 2, "column": 2, "all": 1}
 
 
 @dataclass(frozen=True)

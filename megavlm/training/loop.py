@@ -22,19 +22,26 @@ from megavlm.runtime.process import Process
 from megavlm.runtime.signals import StopRequest, stop_on_signals
 from megavlm.training.freeze import freeze_except
 from megavlm.training.picture import draw_loss
+from megavlm.training.position import Position
 from megavlm.training.report import Report
 from megavlm.training.schedule import build_schedule, current_lr
 
 
 @dataclass
-class Position:
-    """How far a run is."""
+class _Run:
+    """What the steps of a run work with, on this rank."""
 
-    iteration: int = 0
+    parts: Parts
+    position: Position
+    feed: Feed
+    validation: Loader | None
+    """The validation pass, on the reader."""
+    report: Report
+    saver: "_Saver"
 
-    def consumed_samples(self, recipe: Recipe) -> int:
-        """Samples of the data order that are behind the run."""
-        return self.iteration * recipe.training.global_batch_size
+    @property
+    def recipe(self) -> Recipe:
+        return self.parts.recipe
 
 
 def train(recipe: Recipe, process: Process) -> None:
@@ -62,20 +69,17 @@ def train(recipe: Recipe, process: Process) -> None:
         return
     steps = validation = None
     if train_data is not None:
-        consumed_samples = position.consumed_samples(recipe)
-        steps = iter(_build_loader(parts, train_data, endless=True, consumed_samples=consumed_samples))
+        steps = iter(_build_loader(parts, train_data, endless=True, consumed_samples=position.consumed_samples))
     if valid_data is not None:
         validation = _build_loader(parts, valid_data, endless=False)
-    feed = Feed(steps)
     LOGGER.info("ready after %.1f s", time.perf_counter() - started)
+    is_writer = process.rank == 0
     with (
         stop_on_signals() as stop,
-        Report(
-            recipe, parts.engine, folder.path, is_writer=process.rank == 0, iteration=position.iteration
-        ) as report,
+        Report(recipe, parts.engine, folder.path, is_writer=is_writer, iteration=position.iteration) as report,
     ):
-        _run_steps(parts, folder, position, feed, validation, report, stop)
-    if process.rank == 0:
+        _run_steps(_Run(parts, position, Feed(steps), validation, report, _Saver(parts, folder)), stop)
+    if is_writer:
         LOGGER.info("loss curve: %s", draw_loss(folder.path))
 
 
@@ -126,7 +130,7 @@ def _prepare_model(parts: Parts, folder: RunFolder) -> Position:
         _check_same_model(recipe, resume_from)
         loaded = load_checkpoint(resume_from, engine, with_optimizer=True, verify=recipe.checkpoint.verify)
         LOGGER.info("resuming %s after step %d", folder.path, loaded.iteration)
-        return Position(iteration=loaded.iteration)
+        return Position(loaded.iteration, loaded.extra["consumed_samples"])
     if recipe.checkpoint.pretrained_checkpoint is not None:
         source = recipe.checkpoint.pretrained_checkpoint
         load_checkpoint(source, engine, with_optimizer=False, verify=recipe.checkpoint.verify)
@@ -134,63 +138,52 @@ def _prepare_model(parts: Parts, folder: RunFolder) -> Position:
     return Position()
 
 
-def _run_steps(
-    parts: Parts,
-    folder: RunFolder,
-    position: Position,
-    feed: Feed,
-    validation: Loader | None,
-    report: Report,
-    stop: StopRequest,
-) -> None:
-    recipe, engine = parts.recipe, parts.engine
-    training, checkpoint = recipe.training, recipe.checkpoint
+def _run_steps(run: _Run, stop: StopRequest) -> None:
+    training, engine, position = run.recipe.training, run.parts.engine, run.position
     schedule = build_schedule(
         engine.optimizer, training.optimizer, train_iters=training.train_iters, iteration=position.iteration
     )
     deadline = time.monotonic() + (training.exit_duration_in_mins or float("inf")) * 60.0
-    saver = _Saver(parts, folder)
-    saved_at = position.iteration
     while position.iteration < training.train_iters:
         waiting_since = time.perf_counter()
-        batches = next(feed)
+        batches = next(run.feed)
         data_wait = time.perf_counter() - waiting_since
         schedule.step(increment=1)
         result = engine.train_step(batches)
         position.iteration += 1
-        saver.poll()
-        report.step(position.iteration, result, batches, current_lr(engine.optimizer), data_wait)
+        position.consumed_samples += training.global_batch_size
+        run.saver.poll()
+        run.report.step(position, result, batches, current_lr(engine.optimizer), data_wait)
 
         is_last = position.iteration == training.train_iters
         must_stop = engine.any_rank(bool(stop) or time.monotonic() > deadline)
-        if is_last or (training.eval_interval and position.iteration % training.eval_interval == 0):
-            _validate(parts, position, validation, report)
-        if (
-            is_last
-            or must_stop
-            or (checkpoint.save_interval and position.iteration % checkpoint.save_interval == 0)
-        ):
-            saver.save(position)
-            saved_at = position.iteration
-            report.restart_clock()
+        if is_last or _is_due(position.iteration, training.eval_interval):
+            _validate(run)
+        if is_last or must_stop or _is_due(position.iteration, run.recipe.checkpoint.save_interval):
+            run.saver.save(position)
+            run.report.restart_clock()
         if must_stop and not is_last:
             reason = stop.name or "time is up"
-            LOGGER.info("stopping after step %d (%s); the same command resumes it", saved_at, reason)
+            LOGGER.info("stopping after step %d (%s); the same command resumes it", position.iteration, reason)
             break
-    saver.finish()
+    run.saver.finish()
 
 
-def _validate(parts: Parts, position: Position, validation: Loader | None, report: Report) -> None:
+def _is_due(iteration: int, interval: int | None) -> bool:
+    return interval is not None and iteration % interval == 0
+
+
+def _validate(run: _Run) -> None:
     """Mean loss over the whole validation data."""
-    if parts.recipe.data.valid is None:
+    if run.recipe.data.valid is None:
         return
     loss_sum, num_tokens = 0.0, 0
-    for batches in Feed(iter(validation) if validation is not None else None):
-        step_loss, step_tokens = parts.engine.evaluate(batches)
+    for batches in Feed(iter(run.validation) if run.validation is not None else None):
+        step_loss, step_tokens = run.parts.engine.evaluate(batches)
         loss_sum += step_loss
         num_tokens += step_tokens
-    report.validation(position.iteration, loss_sum / max(1, num_tokens), num_tokens)
-    report.restart_clock()
+    run.report.validation(run.position.iteration, loss_sum / max(1, num_tokens), num_tokens)
+    run.report.restart_clock()
 
 
 class _Saver:
@@ -210,7 +203,7 @@ class _Saver:
                 self._folder,
                 position.iteration,
                 self._parts.engine,
-                extra={"consumed_samples": position.consumed_samples(recipe)},
+                extra={"consumed_samples": position.consumed_samples},
                 files={"recipe.yaml": dump_recipe(recipe), **files},
                 keep_last=recipe.checkpoint.keep_last,
             )

@@ -20,6 +20,7 @@ from megavlm.batch import Batch
 from megavlm.engines import MegatronEngine, StepResult
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
+from megavlm.training.position import Position
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -87,16 +88,19 @@ class Report:
         """Leave out of the next step time what is not training (validation, saving)."""
         self._window_start = time.perf_counter()
 
-    def step(self, iteration: int, result: StepResult, batches: Sequence[Batch], lr: float, data_wait: float) -> None:
+    def step(
+        self, position: Position, result: StepResult, batches: Sequence[Batch], lr: float, data_wait: float
+    ) -> None:
         """Take in one step.
 
         Args:
-            iteration: number of the step, from 1.
+            position: of the run after the step.
             result: what it did.
             batches: this rank's micro-batches, for the samples that were skipped in them.
             lr: learning rate of the step.
             data_wait: seconds that it waited for data.
         """
+        iteration = position.iteration
         self._window.append(result)
         self._window_data_wait += data_wait
         self._count(result)
@@ -120,7 +124,7 @@ class Report:
         if self._progress is not None:
             self._progress.update(self._task, completed=iteration, loss=f"loss {result.loss:.3f}")
         if iteration % self._recipe.logging.log_interval == 0 or iteration == self._recipe.training.train_iters:
-            self._flush(iteration, lr)
+            self._flush(position, lr)
 
     def validation(self, iteration: int, loss: float, num_tokens: int) -> None:
         """Say a validation loss, in Megatron-LM's words."""
@@ -141,8 +145,9 @@ class Report:
         if not math.isfinite(result.grad_norm) or not math.isfinite(result.loss):
             self._totals["nan iterations"] += 1
 
-    def _flush(self, iteration: int, lr: float) -> None:
+    def _flush(self, position: Position, lr: float) -> None:
         """Write the log line and the TensorBoard points of the steps since the last one."""
+        iteration = position.iteration
         num_steps = len(self._window)
         now = time.perf_counter()
         seconds = (now - self._window_start) / num_steps
@@ -156,7 +161,7 @@ class Report:
         # Widths and separators of Megatron-LM's training_log, which many scripts read; what is ours comes after.
         LOGGER.info(
             f"iteration {iteration:8d}/{self._recipe.training.train_iters:8d} |"
-            f" consumed samples: {iteration * batch_size:12d} |"
+            f" consumed samples: {position.consumed_samples:12d} |"
             f" elapsed time per iteration (ms): {seconds * 1000.0:.1f} |"
             f" learning rate: {lr:.6E} |"
             f" global batch size: {batch_size:5d} |"
@@ -179,7 +184,7 @@ class Report:
             "skipped-samples": skipped_samples,
             "degraded-images": degraded_images,
         }
-        self._add_scalars(iteration, points)
+        self._add_scalars(position.iteration, points)
         self._window.clear()
         self._window_data_wait = 0.0
         self._window_start = now

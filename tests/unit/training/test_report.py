@@ -17,6 +17,7 @@ from megavlm.engines import StepResult
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
 from megavlm.training.picture import draw_loss
+from megavlm.training.position import Position
 from megavlm.training.report import METRICS_FILE, Report, read_metrics
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -51,12 +52,16 @@ def report(recipe: Recipe, folder: Path, iteration: int = 0) -> Report:
     return Report(recipe, OneReplica(), folder, is_writer=True, iteration=iteration)
 
 
+def at(step: int) -> Position:
+    return Position(step, 128 * step)
+
+
 def test_log_line_is_megatrons(recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger=LOGGER.name)
     skipped = [SkippedSample("rows.jsonl:3", "image_unreadable", "cut short")]
     with report(recipe, tmp_path) as out:
-        out.step(1, StepResult(2.0, 10, 1.5, None), [empty_batch(skipped)], lr=1e-3, data_wait=0.01)
-        out.step(2, StepResult(4.0, 30, math.nan, "grad_not_finite"), [empty_batch([])], lr=1e-3, data_wait=0.03)
+        out.step(at(1), StepResult(2.0, 10, 1.5, None), [empty_batch(skipped)], lr=1e-3, data_wait=0.01)
+        out.step(at(2), StepResult(4.0, 30, math.nan, "grad_not_finite"), [empty_batch([])], lr=1e-3, data_wait=0.03)
     [line] = [record.getMessage() for record in caplog.records if "consumed samples" in record.getMessage()]
     found = MEGATRON_LINE.search(line)
     assert found, line
@@ -74,8 +79,8 @@ def test_steps_that_trained_nothing_do_not_count_in_the_mean(
 ) -> None:
     caplog.set_level(logging.INFO, logger=LOGGER.name)
     with report(recipe, tmp_path) as out:
-        out.step(1, StepResult(0.0, 0, 0.0, "no_trained_token"), [], lr=1e-3, data_wait=0.0)
-        out.step(2, StepResult(4.0, 30, 1.0, None), [], lr=1e-3, data_wait=0.0)
+        out.step(at(1), StepResult(0.0, 0, 0.0, "no_trained_token"), [], lr=1e-3, data_wait=0.0)
+        out.step(at(2), StepResult(4.0, 30, 1.0, None), [], lr=1e-3, data_wait=0.0)
     assert "lm loss: 4.000000E+00 |" in caplog.text
     assert "number of skipped iterations:   1 |" in caplog.text
 
@@ -83,11 +88,11 @@ def test_steps_that_trained_nothing_do_not_count_in_the_mean(
 def test_a_resumed_run_cuts_off_what_came_after_its_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
     with report(recipe, tmp_path) as out:
         for step in range(1, 6):
-            out.step(step, StepResult(float(step), 10, 1.0, None), [], lr=1e-3, data_wait=0.0)
+            out.step(at(step), StepResult(float(step), 10, 1.0, None), [], lr=1e-3, data_wait=0.0)
     with (tmp_path / METRICS_FILE).open("a") as file:
         file.write('{"iteration": 6, "lm lo')  # killed while writing
     with report(recipe, tmp_path, iteration=3) as out:
-        out.step(4, StepResult(40.0, 10, 1.0, None), [], lr=1e-3, data_wait=0.0)
+        out.step(at(4), StepResult(40.0, 10, 1.0, None), [], lr=1e-3, data_wait=0.0)
         out.validation(4, loss=2.5, num_tokens=7)
     points = read_metrics(tmp_path)
     assert [point.get("lm loss") for point in points] == [1.0, 2.0, 3.0, 40.0, None]
@@ -97,7 +102,7 @@ def test_a_resumed_run_cuts_off_what_came_after_its_checkpoint(recipe: Recipe, t
 def test_tensorboard_has_megatrons_tags(recipe: Recipe, tmp_path: Path) -> None:
     with report(recipe, tmp_path) as out:
         for step in (1, 2):
-            out.step(step, StepResult(1.5, 10, 1.0, None), [], lr=1e-3, data_wait=0.0)
+            out.step(at(step), StepResult(1.5, 10, 1.0, None), [], lr=1e-3, data_wait=0.0)
         out.validation(2, loss=2.0, num_tokens=7)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

@@ -1,6 +1,6 @@
 """Trains one model twice, with MegaVLM and with transformers, in one process and in turn, and compares the speed.
 
-    python tools/benchmark.py                   # the 45.7 M model on all cores of this machine
+    python tools/benchmark.py                   # the 45.6 M model on all cores of this machine
     python tools/benchmark.py --size tiny       # seconds; shows that everything works
 
 Both sides start from the same weights (through megavlm.convert), see the same batches, clip the gradient norm at 1 and
@@ -21,7 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import transformers
-from benchmark_models import MODES, SIZES, Ours, Size, Theirs, linear_flops, make_batches, step_flops
+from benchmark_models import MODES, Ours, Theirs, make_batches
+from benchmark_size import SIZES, Size, linear_flops, matmul_shapes, step_flops
 from torch.utils.flop_counter import FlopCounterMode
 
 import megavlm
@@ -190,19 +191,6 @@ def matmul_rate(shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, repe
             left @ right
         seconds.append(time.perf_counter() - start)
     return sum(2 * m * k * n for m, k, n in shapes) / min(seconds)
-
-
-def matmul_shapes(size: Size) -> list[tuple[int, int, int]]:
-    """The products of one decoder layer: for each weight forward, gradient of inputs, gradient of weights."""
-    head = size.hidden_size // size.num_heads
-    weights = (
-        (size.hidden_size, size.hidden_size + 2 * size.num_query_groups * head),
-        (size.hidden_size, size.hidden_size),
-        (size.hidden_size, 2 * size.ffn_hidden_size),
-        (size.ffn_hidden_size, size.hidden_size),
-    )
-    tokens = size.num_tokens
-    return [shape for i, o in weights for shape in ((tokens, i, o), (tokens, o, i), (o, tokens, i))]
 
 
 def measure_device_share(step: Callable[[], float]) -> float:

@@ -70,7 +70,7 @@ class Settings:
 
     seed: int = 1
     num_stage1: int = 6000
-    num_stage2: int = 7000
+    num_stage2: int = 12000
     num_valid: int = 500
     vocab_size: int = 512
 

@@ -77,7 +77,7 @@ class Scans:
     def draw(self, digit: int, width: int, height: int, rng: np.random.Generator) -> Image.Image:
         """Return a random scan of ``digit``, scaled to ``width`` x ``height`` pixels, turned and slanted a little."""
         scan = Image.fromarray(self._ink[rng.choice(self.indices[digit])])
-        angle, slant = rng.uniform(-0.12, 0.12), rng.uniform(-0.15, 0.15)
+        angle, slant = rng.uniform(-0.2, 0.2), rng.uniform(-0.25, 0.25)
         # Maps a pixel of the glyph to a pixel of the scan, centre on centre. The glyph is as large as 9 x 9 pixels of
         # the scan, which has 8 x 8, so that turning cuts nothing off.
         across = 9 / width * np.cos(angle), 9 / width * (slant - np.sin(angle))

@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import TextIO
 
 LOGGER = logging.getLogger("megavlm")
 """The project's logger. Modules use ``LOGGER.info(...)`` directly, or a child of it."""
@@ -38,6 +39,19 @@ class _RankFilter(logging.Filter):
         return self._rank == 0 or record.levelno >= logging.ERROR or getattr(record, "any_rank", False)
 
 
+class _StdoutHandler(logging.StreamHandler[TextIO]):
+    """Writes to what ``sys.stdout`` is at the moment: a progress bar puts itself there, and prints lines above itself."""
+
+    @property
+    def stream(self) -> TextIO:
+        """Where the next line goes."""
+        return sys.stdout
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        pass  # the base class sets it once
+
+
 def start_log(rank: int | None = None, file: Path | None = None, level: int = logging.INFO) -> logging.Logger:
     """Send the project's log to stdout and, if given, to a file (appended to, so a resumed run goes on in it).
 
@@ -50,13 +64,13 @@ def start_log(rank: int | None = None, file: Path | None = None, level: int = lo
     """
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     stop_log()
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    handlers: list[logging.Handler] = [_StdoutHandler()]
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(file, encoding="utf-8", delay=True))
     for handler in handlers:
         handler.addFilter(_RankFilter(rank))
-        handler.setFormatter(logging.Formatter("%(asctime)s %(from_rank)s%(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(from_rank)s%(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
         LOGGER.addHandler(handler)
     LOGGER.setLevel(level)
     LOGGER.propagate = False

@@ -75,21 +75,30 @@ def check_run(recipe: Recipe, world_size: int) -> None:
     )
 
 
+def build_processor(recipe: Recipe) -> SampleProcessor:
+    """Load the tokenizer and make the sample processor around it.
+
+    Raises:
+        ValueError: the tokenizer cannot be read, or does not fit the model or the chat template.
+    """
+    tokenizer = recipe.tokenizer.build()
+    model_vocab_size(recipe.model.language, tokenizer.vocab_size)
+    return SampleProcessor(
+        recipe.data,
+        tokenizer,
+        tile_size=recipe.model.vision.image_size,
+        tokens_per_tile=recipe.model.tokens_per_tile,
+    )
+
+
 def build_parts(recipe: Recipe, *, world_size: int) -> Parts:
     """Check a run, load its tokenizer, make its sample processor and start its engine.
 
     The default process group must exist (:func:`megavlm.runtime.process.process`).
     """
     check_run(recipe, world_size)
-    tokenizer = recipe.tokenizer.build()
-    model_vocab_size(recipe.model.language, tokenizer.vocab_size)
+    processor = build_processor(recipe)
     engine = MegatronEngine(recipe.engine)
     engine.start()
     set_seed(recipe.training.seed)
-    processor = SampleProcessor(
-        recipe.data,
-        tokenizer,
-        tile_size=recipe.model.vision.image_size,
-        tokens_per_tile=recipe.model.tokens_per_tile,
-    )
-    return Parts(recipe, tokenizer, processor, engine)
+    return Parts(recipe, processor.tokenizer, processor, engine)

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from megavlm import __version__
-from megavlm.build import build_parts, check_run
+from megavlm.build import build_parts, build_processor, check_run
 from megavlm.checkpoint import RunFolder, load_checkpoint
 from megavlm.config import dump_recipe, load_recipe
 from megavlm.evaluation.exact_match import evaluate, write_results
@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         if os.environ.get("MEGAVLM_TRACEBACK"):
             raise
-        sys.exit(f"megavlm {options.verb}: error: {error}")
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"[rank {rank}] "
+        sys.exit(f"{where}megavlm {options.verb}: error: {error}")
     except ChildFailedError as error:
         sys.exit(max(1, error.get_first_failure()[1].exitcode))  # the ranks have said why
     except KeyboardInterrupt:
@@ -105,9 +107,9 @@ def _train(options: argparse.Namespace) -> None:
         check_run(recipe, _world_size(options))
         print(dump_recipe(recipe), end="")
         return
+    _make_run_folder(recipe.checkpoint.save)
     if _must_start_ranks(options):
-        check_run(recipe, options.nproc_per_node)  # one clear error instead of one from each rank
-        _start_ranks(options.nproc_per_node)
+        _start_ranks(recipe, options.nproc_per_node)
         return
     with process(timeout_minutes=recipe.engine.distributed_timeout_minutes) as me:
         start_log(me.rank, recipe.checkpoint.save / "log.txt")
@@ -122,8 +124,7 @@ def _eval(options: argparse.Namespace) -> None:
     checkpoint = folder.checkpoint(newest)
     recipe = load_recipe(checkpoint / "recipe.yaml", options.overrides, Recipe)
     if _must_start_ranks(options):
-        check_run(recipe, options.nproc_per_node)
-        _start_ranks(options.nproc_per_node)
+        _start_ranks(recipe, options.nproc_per_node)
         return
     with process(timeout_minutes=recipe.engine.distributed_timeout_minutes) as me:
         start_log(me.rank, folder.path / "log.txt")
@@ -146,6 +147,16 @@ def _plan(options: argparse.Namespace) -> None:
     print_parameters(count_recipe_parameters(recipe))
 
 
+def _make_run_folder(path: Path) -> None:
+    """Make the run folder, or say now that it cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"checkpoint.save={path}: cannot be made ({error.strerror}). Choose another folder.") from None
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"checkpoint.save={path}: may not be written to. Choose another folder.")
+
+
 def _world_size(options: argparse.Namespace) -> int:
     return int(os.environ.get("WORLD_SIZE", options.nproc_per_node))
 
@@ -156,8 +167,13 @@ def _must_start_ranks(options: argparse.Namespace) -> bool:
     return options.nproc_per_node > 1 and "RANK" not in os.environ
 
 
-def _start_ranks(num_ranks: int) -> None:
-    """Run this same command line under torchrun, which gives every rank its number and ends all if one fails."""
+def _start_ranks(recipe: Recipe, num_ranks: int) -> None:
+    """Run this same command line under torchrun, which gives every rank its number and ends all if one fails.
+
+    What can be checked without ranks is checked first: one error instead of one from each of them.
+    """
+    check_run(recipe, num_ranks)
+    build_processor(recipe)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     torchrun(["--standalone", "--nproc-per-node", str(num_ranks), "-m", "megavlm", *sys.argv[1:]])

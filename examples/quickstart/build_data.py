@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from pages import GRIDS, Page, Scans, draw_page, draw_question
+from pages import GRIDS, Page, Scans, draw_page, draw_question, grid_weights
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
@@ -124,9 +124,8 @@ def make_row(part_name: str, index: int, scans: Scans, settings: Settings) -> tu
     """Return row ``index`` of one file with its page and its picture; depends on nothing but the arguments."""
     part = PARTS[part_name]
     rng = np.random.default_rng([settings.seed, list(PARTS).index(part_name), index])
-    count = int(rng.integers(1, part.most_numbers, endpoint=True))
-    columns, rows = GRIDS[count][rng.integers(len(GRIDS[count]))]
-    page = Page(columns, rows, tuple(f"{number:02d}" for number in rng.integers(0, 100, count)))
+    columns, rows = GRIDS[rng.choice(len(GRIDS), p=grid_weights(part.most_numbers))]
+    page = Page(columns, rows, tuple(f"{number:02d}" for number in rng.integers(0, 100, columns * rows)))
     picture = draw_page(page, scans, rng)
     if part.several_questions:
         kind, answers = "chat", draw_conversation(page, rng)

@@ -10,11 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 
-GRIDS = {
-    count: [(columns, count // columns) for columns in range(1, count + 1) if count % columns == 0]
-    for count in range(1, 7)
-}
-"""Numbers on a page -> its possible (columns, rows): every grid that dynamic tiling can choose with up to six tiles."""
+GRIDS = [(columns, rows) for columns in range(1, 7) for rows in range(1, 7) if columns * rows <= 6]
+"""Columns and rows of a page: every grid that dynamic tiling can choose with up to six tiles."""
 SINGLE_SIDE = (32, 43)
 """Shortest and longest side in pixels of a page of one number. A square page above 2 * 32 * 32 pixels would be cut into
 2 x 2 tiles (with tiles of 32 pixels), so these stay below."""
@@ -41,7 +38,20 @@ QUESTIONS: Mapping[str, tuple[str, ...]] = {
     "all": ("Read all the numbers in order.", "Which numbers are on the page?"),
 }
 """Kind of question -> the ways to ask it."""
-KIND_WEIGHTS = {"single": 1, "tile": 3, "order": 2, "last": 1, "cell": 3, "corner": 2, "row": 2, "column": 2, "all": 1}
+KIND_WEIGHTS = {"single": 1, "tile": 3, "order": 2, "last": 1, "cell": 3, "corner": 2, "row": 2, "column": 2, "all": 2}
+
+
+def grid_weights(most_numbers: int) -> np.ndarray:
+    """Return how often each of ``GRIDS`` is drawn (sums to 1), for pages of up to ``most_numbers``.
+
+    Grids of several rows and columns come three times as often as a single row or column: only they can be asked about
+    rows and columns, and there are few of them.
+    """
+    weights = [
+        0.0 if columns * rows > most_numbers else 3.0 if min(columns, rows) > 1 else 2.0 if columns == rows else 1.0
+        for columns, rows in GRIDS
+    ]
+    return np.array(weights) / sum(weights)
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class Scans:
     def draw(self, digit: int, width: int, height: int, rng: np.random.Generator) -> Image.Image:
         """Return a random scan of ``digit``, scaled to ``width`` x ``height`` pixels, turned and slanted a little."""
         scan = Image.fromarray(self._ink[rng.choice(self.indices[digit])])
-        angle, slant = rng.uniform(-0.2, 0.2), rng.uniform(-0.25, 0.25)
+        angle, slant = rng.uniform(-0.15, 0.15), rng.uniform(-0.2, 0.2)
         # Maps a pixel of the glyph to a pixel of the scan, centre on centre. The glyph is as large as 9 x 9 pixels of
         # the scan, which has 8 x 8, so that turning cuts nothing off.
         across = 9 / width * np.cos(angle), 9 / width * (slant - np.sin(angle))
@@ -121,33 +131,36 @@ def draw_page(page: Page, scans: Scans, rng: np.random.Generator) -> Image.Image
 
 
 def questions_about(page: Page) -> dict[str, list[tuple[dict[str, str], str]]]:
-    """Return everything that can be asked: kind -> (fields of the question's text, answer)."""
+    """Return everything that can be asked: kind -> (fields of the question's text, answer).
+
+    Rows and columns are asked about only where a page has several of both.
+    """
     if len(page.numbers) == 1:
         return {"single": [({}, page.numbers[0])]}
     grid, numbers = page.grid, page.numbers
-    ends = {"left": 0, "right": -1}
-    if page.rows == 1:
-        corners = [({"where": f"{side} end"}, numbers[end]) for side, end in ends.items()]
-    elif page.columns == 1:
-        corners = [({"where": where}, numbers[end]) for where, end in (("top", 0), ("bottom", -1))]
-    else:
-        corners = [
-            ({"where": f"{height} {side}"}, grid[row][end])
-            for height, row in (("top", 0), ("bottom", -1))
-            for side, end in ends.items()
-        ]
-    return {
+    possible: dict[str, list[tuple[dict[str, str], str]]] = {
         "tile": [({"k": str(index)}, number) for index, number in enumerate(numbers, 1)],
         "order": [({"nth": nth}, number) for nth, number in zip(ORDINALS, numbers, strict=False)],
         "last": [({}, numbers[-1])],
-        "cell": [
-            ({"r": str(r), "c": str(c)}, number) for r, row in enumerate(grid, 1) for c, number in enumerate(row, 1)
-        ],
-        "corner": corners,
-        "row": [({"r": str(r)}, " ".join(row)) for r, row in enumerate(grid, 1)],
-        "column": [({"c": str(c)}, " ".join(column)) for c, column in enumerate(zip(*grid, strict=True), 1)],
         "all": [({}, " ".join(numbers))],
     }
+    if page.rows == 1:
+        possible["corner"] = [({"where": "left end"}, numbers[0]), ({"where": "right end"}, numbers[-1])]
+    elif page.columns == 1:
+        possible["corner"] = [({"where": "top"}, numbers[0]), ({"where": "bottom"}, numbers[-1])]
+    else:
+        possible["corner"] = [
+            ({"where": f"{height} {side}"}, grid[row][column])
+            for height, row in (("top", 0), ("bottom", -1))
+            for side, column in (("left", 0), ("right", -1))
+        ]
+        possible["cell"] = [
+            ({"r": str(r), "c": str(c)}, number) for r, row in enumerate(grid, 1) for c, number in enumerate(row, 1)
+        ]
+        possible["row"] = [({"r": str(r)}, " ".join(row)) for r, row in enumerate(grid, 1)]
+        columns = zip(*grid, strict=True)
+        possible["column"] = [({"c": str(c)}, " ".join(column)) for c, column in enumerate(columns, 1)]
+    return possible
 
 
 def draw_question(page: Page, rng: np.random.Generator) -> tuple[str, str, str]:

@@ -20,6 +20,8 @@ _NOISE = (
     r"Transformer Engine and Apex are not installed",  # megatron.core.optimizer, at import
     r"Apex is not installed\. Falling back to Torch Norm",  # megatron.core.models, at import
     r"full scope is deprecated",  # TransformerConfig, of a CUDA graph field that nobody set
+    r"The \.grad attribute of a Tensor that is not a leaf",  # megatron-core's optimizer looks at its shards
+    r"When using (async grad allreduce|sequence parallelism) it is recommended",  # set where it matters, on CUDA
     r"`load_state_dict` is deprecated",  # of torch.distributed.checkpoint, which megatron-core calls
     r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",  # what megatron-core calls
 )

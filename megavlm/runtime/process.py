@@ -58,6 +58,8 @@ def start(*, timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES, num_threads: int 
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":  # megatron-core overlaps communication rightly only if kernels start in order
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         torch.distributed.init_process_group(backend, timeout=timeout)

@@ -129,6 +129,7 @@ def test_an_image_that_does_not_fit_loses_tiles_then_is_skipped(
         (["training.global_batch_size=7"], ["global_batch_size=7"]),
         (["model.language.vocab_size=20"], ["model.language.vocab_size=20", "the tokenizer has"]),
         (["checkpoint.pretrained_checkpoint=/nowhere"], ["/nowhere"]),
+        (["checkpoint.save=/proc/nowhere"], ["checkpoint.save=/proc/nowhere: cannot be made"]),
         (["model.vision.image_size=30"], ["image_size=30", "patch_size=7"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and "=" in str(value[0]) else "",

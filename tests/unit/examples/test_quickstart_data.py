@@ -104,7 +104,8 @@ def test_a_glyph_is_its_scan() -> None:
     assert digits.target[max(likeness, key=lambda index: likeness[index])] == 7
 
 
-def test_pages_show_their_numbers_each_in_its_cell() -> None:
+def test_pages_show_their_numbers_each_in_its_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "LINE_INK", 0)
     settings = build_data.Settings()
     for index in range(150):
         _, page, _ = build_data.make_row("valid", index, NumberedScans(), settings)
@@ -115,6 +116,13 @@ def test_pages_show_their_numbers_each_in_its_cell() -> None:
                 top, bottom = (round(height * edge / page.rows) for edge in (row, row + 1))
                 left, right = (round(width * edge / page.columns) for edge in (column, column + 1))
                 assert read_back(ink[top:bottom, left:right]) == number
+
+
+def test_lines_stand_between_the_cells_and_nowhere_else() -> None:
+    page = pages.Page(3, 2, ("00",) * 6)
+    ink = np.asarray(pages.draw_ink(page, NumberedScans(), np.random.default_rng(0)))
+    assert (ink >= pages.LINE_INK).all(axis=0).sum() == 2 * pages.LINE_WIDTH
+    assert (ink >= pages.LINE_INK).all(axis=1).sum() == pages.LINE_WIDTH
 
 
 def test_tiling_cuts_a_page_into_its_cells() -> None:
@@ -137,6 +145,12 @@ def test_every_answer_is_right(part: str) -> None:
         assert turns
         for question, answer in turns:
             assert answer == expected_answer(question, page.grid), question
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (4, 1), (1, 4), (2, 2), (3, 2)])
+def test_rows_and_columns_are_asked_about_where_there_are_several(columns: int, rows: int) -> None:
+    kinds = set(pages.questions_about(pages.Page(columns, rows, ("00",) * (columns * rows))))
+    assert ({"cell", "row", "column"} <= kinds) == (columns > 1 and rows > 1)
 
 
 def test_every_kind_is_asked_and_most_questions_need_several_tiles(built: Path) -> None:

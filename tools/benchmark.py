@@ -1,27 +1,31 @@
-"""Trains one model twice, with MegaVLM and with transformers, in one process and in turn, and compares the speed.
+"""Trains one model twice, with MegaVLM and with transformers, in turn, and compares the speed.
 
     python tools/benchmark.py                   # the 45.6 M model on all cores of this machine
     python tools/benchmark.py --size tiny       # seconds; shows that everything works
 
 Both sides start from the same weights (through megavlm.convert), see the same batches, clip the gradient norm at 1 and
-use a fused AdamW. Theirs is InternVLForConditionalGeneration with SDPA attention. Groups of steps alternate, so that a
-machine that gets slower slows both, and the ratio of each pair of groups is taken before the median. Losses of both are
-compared first: the speed of another model would mean nothing. The table goes to docs/BENCHMARKS.md.
+use a fused AdamW. Theirs is InternVLForConditionalGeneration with SDPA attention. Each has a process of its own, as its
+users have, because memory that one frees would serve the other. The processes take turns, so that a machine that gets
+slower slows both, and the ratio of each pair of turns is taken before the median. Losses of both are compared first:
+the speed of another model would mean nothing. The table goes to docs/BENCHMARKS.md.
 """
 
 import argparse
 import cProfile
 import dataclasses
-import gc
+import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import transformers
-from benchmark_models import MODES, Ours, Theirs, make_batches
+from benchmark_models import MODES, Ours, Side, Theirs, make_batches
 from benchmark_size import SIZES, Size, linear_flops, matmul_shapes, step_flops
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -83,23 +87,94 @@ class Result:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What both sides of a row of the table are built from."""
+
+    size: Size
+    mode: str
+    trainable: tuple[str, ...]
+    trained_share: float
+    num_threads: int
+
+
+class Worker:
+    """A process that trains one side, and works when it is told to."""
+
+    def __init__(self, row: Row, side: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, other_end = context.Pipe()
+        self._process = context.Process(target=serve, args=(other_end, row, side), daemon=True)
+        self._process.start()
+        other_end.close()
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return ``function(side, *arguments)`` of the process.
+
+        Raises:
+            EOFError: the process has failed, and its own error is above.
+        """
+        self._connection.send((function, arguments))
+        return self._connection.recv()
+
+    def end(self) -> None:
+        """Let the process end by itself."""
+        self._connection.close()
+        self._process.join()
+
+
+def serve(connection: multiprocessing.connection.Connection, row: Row, side: str) -> None:
+    """In a worker: build one side, then do what is asked until the other end is closed."""
+    batches = make_batches(row.size, row.trained_share)
+    torch.set_num_threads(row.num_threads)
+    theirs = Theirs(row.size, row.mode, row.trainable, batches)
+    if side == "transformers":
+        answer_all(connection, theirs)
+        return
+    weights = theirs.initial_weights()
+    del theirs
+    with process.process(num_threads=row.num_threads):
+        answer_all(connection, Ours(row.size, row.mode, row.trainable, batches, weights))
+
+
+def answer_all(connection: multiprocessing.connection.Connection, side: Side) -> None:
+    """Answer one request after the other."""
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        connection.send(function(side, *arguments))
+
+
+@contextmanager
+def start_sides(row: Row) -> Iterator[tuple[Worker, Worker]]:
+    """Start MegaVLM's and transformers' process; end them with the block."""
+    workers = Worker(row, "MegaVLM"), Worker(row, "transformers")
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.end()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the rows asked for and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="small", help="shape of the model")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="precisions and frozen parts")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads (default: all cores)")
-    parser.add_argument("--rounds", type=int, default=7, help="pairs of groups")
-    parser.add_argument("--steps", type=int, default=3, help="steps of a group")
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of turns")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
     parser.add_argument("--trained-share", type=float, default=1.0, help="share of the text tokens that have a loss")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     print(describe_machine(options.threads))
-    size = SIZES[options.size]
     results: dict[str, Result] = {}
     for name in options.rows:
-        with process.process(num_threads=options.threads):
-            results[name] = run_row(name, size, options.trained_share, options.rounds, options.steps)
-        gc.collect()
+        row = Row(SIZES[options.size], *ROWS[name], options.trained_share, options.threads)
+        with start_sides(row) as (ours, theirs):
+            results[name] = run_row(name, row, ours, theirs, options.rounds, options.steps)
     print("\n" + "\n".join(table_lines(results)))
 
 
@@ -113,25 +188,23 @@ def describe_machine(num_threads: int) -> str:
     )
 
 
-def run_row(name: str, size: Size, trained_share: float, num_rounds: int, num_steps: int) -> Result:
-    """Build both sides, check that they are the same model, and time them in turn."""
-    mode, trainable = ROWS[name]
-    batches = make_batches(size, trained_share)
-    theirs = Theirs(size, mode, trainable, batches)
-    ours = Ours(size, mode, trainable, batches, theirs.initial_weights())
-    check_losses(name, mode, ours, theirs)
-    check_flops(size, trainable, ours, theirs)
+def run_row(name: str, row: Row, ours: Worker, theirs: Worker, num_rounds: int, num_steps: int) -> Result:
+    """Check that both sides are the same model, and time them in turn."""
+    num_trained = int(make_batches(row.size, row.trained_share, count=1)[0].loss_mask.sum())
+    check_losses(name, row.mode, ours, theirs)
+    check_flops(row, ours, num_logits=num_trained)
+    check_flops(row, theirs, num_logits=row.size.num_tokens)
     rounds = []
     for number in range(num_rounds):
-        # the side that goes first changes, so that neither always inherits the other's caches
-        sides = (ours, theirs) if number % 2 == 0 else (theirs, ours)
-        seconds = {id(side): time_steps(side.step, num_steps) for side in sides}
-        dtype = MODES[mode].dtype
-        rates = matmul_rate([(2048, 2048, 2048)], dtype), matmul_rate(matmul_shapes(size), dtype)
-        rounds.append(Round(seconds[id(ours)], seconds[id(theirs)], *rates))
-        print(f"{name} round {number + 1}: {1e3 * rounds[-1].ours:.0f} and {1e3 * rounds[-1].theirs:.0f} ms a step")
-    flops = step_flops(size, trainable, ours.num_trained)
-    return Result(rounds, size.num_tokens, flops, measure_device_share(ours.step))
+        # the side that goes first changes, so that neither always comes after a rest
+        workers = (ours, theirs) if number % 2 == 0 else (theirs, ours)
+        seconds = {worker: worker.run(time_steps, num_steps) for worker in workers}
+        dtype = MODES[row.mode].dtype
+        rates = matmul_rate([(2048, 2048, 2048)], dtype), matmul_rate(matmul_shapes(row.size), dtype)
+        rounds.append(Round(seconds[ours], seconds[theirs], *rates))
+        print(f"{name} round {number + 1}: {1e3 * seconds[ours]:.0f} and {1e3 * seconds[theirs]:.0f} ms a step")
+    flops = step_flops(row.size, row.trainable, num_trained)
+    return Result(rounds, row.size.num_tokens, flops, ours.run(measure_device_share))
 
 
 def table_lines(results: Mapping[str, Result]) -> list[str]:
@@ -142,41 +215,49 @@ def table_lines(results: Mapping[str, Result]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def check_losses(name: str, mode: str, ours: Ours, theirs: Theirs, num_steps: int = 3) -> None:
+def check_losses(name: str, mode: str, ours: Worker, theirs: Worker, num_steps: int = 3) -> None:
     """Take the first steps (which also warm up) and compare.
 
     Raises:
         RuntimeError: the sides do not train the same model.
     """
-    pairs = [(ours.step(), theirs.step()) for _ in range(num_steps)]
+    pairs = list(zip(ours.run(take_steps, num_steps), theirs.run(take_steps, num_steps), strict=True))
     print(f"{name} first losses: " + ", ".join(f"{a:.6f} and {b:.6f}" for a, b in pairs))
     for a, b in pairs:
         if not abs(a - b) <= LOSS_TOLERANCE[mode] * abs(b):
             raise RuntimeError(f"{name}: loss {a} here, {b} with transformers. They do not train the same model.")
 
 
-def check_flops(size: Size, trainable: Sequence[str], ours: Ours, theirs: Theirs) -> None:
+def check_flops(row: Row, worker: Worker, num_logits: int) -> None:
     """Compare the counted FLOPs of products with weights with those that torch saw.
 
     Raises:
         RuntimeError: they differ.
     """
-    for side, num_logits in ((ours, ours.num_trained), (theirs, size.num_tokens)):
-        with FlopCounterMode(display=False) as counter:
-            side.step()
-        by_operation = counter.get_flop_counts()["Global"]
-        seen = sum(flops for operation, flops in by_operation.items() if "bmm" not in str(operation))  # bmm: attention
-        counted = linear_flops(size, trainable, num_logits)
-        if seen != counted:
-            raise RuntimeError(f"{type(side).__name__}: {counted} FLOPs counted from the shapes, {seen} seen by torch.")
+    counted, seen = linear_flops(row.size, row.trainable, num_logits), worker.run(see_flops)
+    if seen != counted:
+        raise RuntimeError(f"{counted} FLOPs counted from the shapes, {seen} seen by torch.")
 
 
-def time_steps(step: Callable[[], float], num_steps: int) -> float:
+def take_steps(side: Side, num_steps: int) -> list[float]:
+    """Losses of some steps."""
+    return [side.step() for _ in range(num_steps)]
+
+
+def see_flops(side: Side) -> int:
+    """FLOPs of products with weights that torch counts in a step."""
+    with FlopCounterMode(display=False) as counter:
+        side.step()
+    by_operation = counter.get_flop_counts()["Global"]
+    return sum(flops for operation, flops in by_operation.items() if "bmm" not in str(operation))  # bmm: attention
+
+
+def time_steps(side: Side, num_steps: int) -> float:
     """Median seconds of a step."""
     seconds = []
     for _ in range(num_steps):
         start = time.perf_counter()
-        step()
+        side.step()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
@@ -193,14 +274,14 @@ def matmul_rate(shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, repe
     return sum(2 * m * k * n for m, k, n in shapes) / min(seconds)
 
 
-def measure_device_share(step: Callable[[], float]) -> float:
+def measure_device_share(side: Side) -> float:
     """Share of a step spent in the functions of the CPU device module, callees not counted.
 
     The profiler's own cost is in it, so this is an upper bound.
     """
     profiler = cProfile.Profile()
     start = time.perf_counter()
-    profiler.runcall(step)
+    profiler.runcall(side.step)
     whole = time.perf_counter() - start
     own = [
         entry.inlinetime

@@ -6,6 +6,7 @@ Also the data they share.
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from benchmark_size import Size
@@ -79,6 +80,13 @@ def make_batches(size: Size, trained_share: float, count: int = 4) -> list[Batch
     return batches
 
 
+class Side(Protocol):
+    """A model in training."""
+
+    def step(self) -> float:
+        """Train on the next batch; return its loss."""
+
+
 class Ours:
     """MegaVLM as a run has it: the engine with its gradient buffers and distributed optimizer, one rank."""
 
@@ -103,7 +111,6 @@ class Ours:
         freeze_except([self.model], trainable)
         self.engine.wrap([self.model])
         self.engine.build_optimizer(OPTIMIZER)
-        self.num_trained = int(batches[0].loss_mask.sum())
         self._batches = batches
         self._next = 0
 

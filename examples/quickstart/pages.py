@@ -25,6 +25,10 @@ LINE_INK = 110
 """How dark they are; 255 is the pen."""
 
 HELD_OUT_SHARE = 0.2
+MOST_TURN = 0.2
+"""Radians by which a training scan is turned at most, either way."""
+MOST_SLANT = 0.3
+"""Width by which a training scan leans at most, either way, as a share of its height."""
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 QUESTIONS: Mapping[str, tuple[str, ...]] = {
     "single": ("What number is this?", "Read the number.", "Which number is on the page?"),
@@ -38,7 +42,7 @@ QUESTIONS: Mapping[str, tuple[str, ...]] = {
     "all": ("Read all the numbers in order.", "Which numbers are on the page?"),
 }
 """Kind of question -> the ways to ask it."""
-KIND_WEIGHTS = {"single": 1, "tile": 3, "order": 2, "last": 1, "cell": 3, "corner": 2, "row": 2, "column": 2, "all": 2}
+KIND_WEIGHTS = {"single": 1, "tile": 3, "order": 2, "last": 1, "cell": 3, "corner": 2, "row": 2, "column": 2, "all": 1}
 
 
 def grid_weights(most_numbers: int) -> np.ndarray:
@@ -77,6 +81,7 @@ class Scans:
 
     def __init__(self, *, held_out: bool) -> None:
         scans = load_digits()
+        self._held_out = held_out
         self._ink = (scans.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8], 255 is full ink
         self.indices: list[np.ndarray] = []
         for digit in range(10):
@@ -85,9 +90,12 @@ class Scans:
             self.indices.append(shuffled[:cut] if held_out else shuffled[cut:])
 
     def draw(self, digit: int, width: int, height: int, rng: np.random.Generator) -> Image.Image:
-        """Return a random scan of ``digit``, scaled to ``width`` x ``height`` pixels, turned and slanted a little."""
+        """Return a random scan of ``digit``, scaled to ``width`` x ``height`` pixels; 8-bit grey, 255 is full ink.
+
+        Scans for training are also turned and slanted a little, because there are few; held-out ones are as written.
+        """
         scan = Image.fromarray(self._ink[rng.choice(self.indices[digit])])
-        angle, slant = rng.uniform(-0.15, 0.15), rng.uniform(-0.2, 0.2)
+        angle, slant = rng.uniform(-1, 1, 2) * ((0, 0) if self._held_out else (MOST_TURN, MOST_SLANT))
         # Maps a pixel of the glyph to a pixel of the scan, centre on centre. The glyph is as large as 9 x 9 pixels of
         # the scan, which has 8 x 8, so that turning cuts nothing off.
         across = 9 / width * np.cos(angle), 9 / width * (slant - np.sin(angle))

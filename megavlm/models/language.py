@@ -224,9 +224,7 @@ class LanguageModel(LanguageModule):
         frequencies = self.rotary_pos_emb(position_ids.shape[1])
         if attention_mask is not None:  # packed: positions restart, so each row has frequencies of its own
             frequencies = frequencies[position_ids, 0, 0].transpose(0, 1).unsqueeze(2)
-        return self.decoder(
-            hidden_states=hidden_states, attention_mask=attention_mask, rotary_pos_emb=frequencies
-        )
+        return self.decoder(hidden_states=hidden_states, attention_mask=attention_mask, rotary_pos_emb=frequencies)
 
     def token_losses(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
         """Cross-entropy of the trained tokens.

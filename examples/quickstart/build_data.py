@@ -2,8 +2,8 @@
 
 The handwriting is real (see ``pages.py``). The scans of digits are divided, digit by digit, into scans for training and
 scans for the held-out questions; no held-out scan is trained on. A page is a grid of cells with a two-digit number in
-each. Dynamic tiling (up to six tiles of 32 x 32 pixels) cuts it into one tile a cell; the thumbnail alone is too coarse
-to read, and a row, a column or a whole page takes several tiles.
+each. Dynamic tiling (up to six tiles of 32 x 32 pixels) cuts it into one tile a cell; a thumbnail of four or more cells
+is too coarse to read, and a row, a column or a whole page takes several tiles.
 
     python examples/quickstart/build_data.py --out data/quickstart
 

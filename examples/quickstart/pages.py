@@ -97,7 +97,7 @@ class Scans:
         scan = Image.fromarray(self._ink[rng.choice(self.indices[digit])])
         angle, slant = rng.uniform(-1, 1, 2) * ((0, 0) if self._held_out else (MOST_TURN, MOST_SLANT))
         # Maps a pixel of the glyph to a pixel of the scan, centre on centre. The glyph is as large as 9 x 9 pixels of
-        # the scan, which has 8 x 8, so that turning cuts nothing off.
+        # the scan, which has 8 x 8, so that turning cuts hardly anything off.
         across = 9 / width * np.cos(angle), 9 / width * (slant - np.sin(angle))
         down = 9 / height * np.sin(angle), 9 / height * np.cos(angle)
         affine = [value for x, y in (across, down) for value in (x, y, 4 - (x * width + y * height) / 2)]

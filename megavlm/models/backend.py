@@ -110,7 +110,8 @@ class SDPACoreAttention(torch.nn.Module):
         Returns:
             ``[S, N, H * D]``.
         """
-        assert attention_bias is None and packed_seq_params is None, "packed rows come as an attention mask"
+        assert attention_bias is None, "a bias would go into the mask"
+        assert packed_seq_params is None, "packed rows come as an attention mask"
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         is_causal = attention_mask is None and mask_type == AttnMaskType.causal and query.shape[0] == key.shape[0]
         dropout = self.dropout if self.training else 0.0

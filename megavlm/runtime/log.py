@@ -42,7 +42,7 @@ class _RankFilter(logging.Filter):
 
 
 class _StdoutHandler(logging.StreamHandler[TextIO]):
-    """Writes to what ``sys.stdout`` is at the moment: a progress bar puts itself there, and prints lines above itself."""
+    """Writes to what ``sys.stdout`` is at the moment: a progress bar puts itself there and prints lines above it."""
 
     @property
     def stream(self) -> TextIO:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_one_error, losses
+from command_line import assert_one_error, losses
 from PIL import Image
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

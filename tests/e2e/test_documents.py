@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, command_environment
+from command_line import REPOSITORY, command_environment
 
 DOCUMENTS = [
     REPOSITORY / "README.md",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import command, command_environment, losses
+from command_line import command, command_environment, losses
 from PIL import Image
 
 from megavlm.config import load_recipe

@@ -13,7 +13,9 @@ from megavlm.planning.parameters import count_recipe_parameters
 from megavlm.recipe import Recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-RECIPES = sorted(path for path in EXAMPLES.rglob("*.yaml") if "training" in yaml.safe_load(path.read_text()))
+RECIPES = sorted(
+    path for path in EXAMPLES.rglob("*.yaml") if "train_iters" in yaml.safe_load(path.read_text()).get("training", {})
+)
 FULL_SIZE_WORLD = {"nvlm_d_72b_pretrain": 64, "nvlm_d_72b_sft": 128, "nvlm_d_34b_pretrain": 64, "nvlm_d_34b_sft": 128}
 
 

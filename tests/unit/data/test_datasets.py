@@ -81,7 +81,7 @@ def test_all_bad_rows_are_counted_and_ten_are_listed(kind: str, write_kind: Call
     lines = str(caught.value).splitlines()[1:]
     assert len(lines) == 11
     assert all("neither conversations nor messages" in line for line in lines[:10])
-    assert KEY_OF_FIFTH[kind].format(path=path).replace("5", "6").replace("[4]", "[5]") in lines[2]
+    assert KEY_OF_FIFTH[kind].replace("5", "6").replace("[4]", "[5]").format(path=path) in lines[2]
     assert lines[10].strip() == "... and 5 more"
 
 

@@ -74,6 +74,7 @@ class MegatronEngine:
             pipeline_model_parallel_size=self.config.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=self.config.virtual_pipeline_model_parallel_size,
             distributed_timeout_minutes=math.ceil(self.config.distributed_timeout_minutes),
+            create_gloo_process_groups=False,  # only for a way of saving that is not used
         )
 
     @property
@@ -170,6 +171,7 @@ class MegatronEngine:
                 overlap_param_gather=self.config.overlap_param_gather,
             ),
             self._wrapped,
+            use_gloo_process_groups=False,
         )
         for inner in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
             if isinstance(inner.optimizer, FusedAdam):

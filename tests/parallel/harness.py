@@ -35,6 +35,9 @@ from megavlm.runtime import process
 DEFAULT_TIMEOUT_SECONDS = 120.0
 _GRACE_SECONDS = 3.0  # after the first failure, for the other ranks to say theirs
 _OUTPUT_LINES = 40
+# megatron-core's gradient hooks hold their model in a cycle that runs through C++, and with it its process groups
+# and their threads. Ranks that have gathered so many are replaced.
+_MOST_THREADS = 400
 
 
 class RankError(RuntimeError):
@@ -49,6 +52,7 @@ class _Answer:
     result: bytes = b""
     text: str = ""
     time: float = 0.0
+    num_threads: int = 0
 
 
 class _Rank:
@@ -102,6 +106,8 @@ def run_ranks(
     answers, silent = _collect(ranks, timeout)
     failures = [(answer.time, number) for number, answer in answers.items() if not answer.succeeded]
     if not failures and not silent:
+        if max(answer.num_threads for answer in answers.values()) > _MOST_THREADS:
+            close_ranks()
         return [pickle.loads(answers[number].result) for number in range(world_size)]
     # One failure makes the other ranks fail or hang, so what came first is the cause: a death, else an exception.
     died = [number for number, text in silent.items() if text.startswith("died")]
@@ -218,7 +224,7 @@ def _answer(rank: int, path: list[str], call: bytes, world_size: int, meeting_po
         )
         result = pickle.dumps(function(*args))
         process.stop()
-        return _Answer(succeeded=True, result=result)
+        return _Answer(succeeded=True, result=result, num_threads=len(os.listdir("/proc/self/task")))
     except BaseException:  # noqa: BLE001  whatever it is, the parent has to hear of it
         answer = _Answer(succeeded=False, text=traceback.format_exc(), time=time.monotonic())
         process.stop(clean=False)

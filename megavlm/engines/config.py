@@ -68,11 +68,6 @@ class MegatronEngineConfig(Config):
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
-    def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
-
-    @property
     def pads_micro_batches(self) -> bool:
         """Whether all micro-batches of a step are padded to one length.
 

@@ -148,11 +148,6 @@ class MegatronEngine:
         assert self._optimizer is not None, "build_optimizer comes first"
         return self._optimizer
 
-    @property
-    def has_optimizer(self) -> bool:
-        """Whether :meth:`build_optimizer` was called."""
-        return self._optimizer is not None
-
     def build_optimizer(self, settings: OptimizerSettings) -> MegatronOptimizer:
         """Make the optimizer of the parameters that train."""
         self._optimizer = get_megatron_optimizer(

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
+from damage import delete, empty, flip_bit, truncate
 
 from megavlm.checkpoint import manifest
 
@@ -25,24 +26,6 @@ def test_undamaged(folder: Path) -> None:
     assert manifest.find_damage(folder) is None
     assert manifest.is_complete(folder)
     assert set(manifest.read_manifest(folder)) == set(CONTENT)
-
-
-def delete(path: Path) -> None:
-    path.unlink()
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def flip_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def append(path: Path) -> None:

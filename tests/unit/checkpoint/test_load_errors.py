@@ -8,6 +8,7 @@ from pathlib import Path
 
 import checkpoint_model
 import pytest
+from damage import delete, empty, flip_bit, truncate
 from harness import run_ranks
 from megatron.core import dist_checkpointing
 
@@ -16,24 +17,6 @@ from megavlm.checkpoint.manifest import list_files, write_manifest
 from megavlm.models.language import LanguageConfig
 
 SMALLEST = checkpoint_model.SMALLEST
-
-
-def delete(path: Path) -> None:
-    path.unlink()
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def flip_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 DAMAGES = (delete, truncate, empty, flip_bit)

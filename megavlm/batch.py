@@ -1,15 +1,39 @@
 """The one thing that passes from data to model: a micro-batch of token rows and image tiles.
 
 It stands below ``data`` and ``models`` so that neither imports the other. Shape letters: N rows, S tokens a row,
-T tiles of all images of the batch, I images, H W pixels of a tile, B sample boundaries.
+T tiles of all images of the batch, I images, H W pixels of a tile, B sample boundaries, C tokens of a row's context
+(the keys and values of cross-attention), G tokens of a tag.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TileRoute:
+    """How a model takes the tiles of an image; the data lays samples out for it."""
+
+    context_tiles: Literal["none", "regular", "all"] = "none"
+    """Tiles that are read by cross-attention: none (their features stand among the tokens), all but the thumbnail (or
+    the single tile of an image that has only one), or all."""
+    context_tags: Literal["text", "concatenate", "add"] = "text"
+    """Where the tag of such a tile goes: into the text, into the context before the tile's features, or onto them."""
+    text_sees: Literal["all_images", "last_image"] = "all_images"
+    """Which tiles a token of text may see: those of all images before it in its sample, or of the last one only."""
+
+    @property
+    def uses_context(self) -> bool:
+        """Whether the model has cross-attention at all."""
+        return self.context_tiles != "none"
+
+
+ALL_AMONG_TOKENS = TileRoute()
+"""The route of a model without cross-attention."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +72,18 @@ class Batch:
     tiles_per_image: Tensor
     """``[I]`` int64: thumbnail included; sums to ``T``."""
     visible_tiles: Tensor
-    """``[N, S, 2]`` int64: half-open range of this batch's tiles that a token may see by cross-attention."""
+    """``[N, S, 2]`` int64: half-open range of this batch's tiles that a token may see by cross-attention; tiles in it
+    that are not in the context are not seen."""
+    tile_rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """``[T]`` int64: the row that each tile belongs to; never decreases. It and the two next may be left empty where
+    ``context_length`` is 0."""
+    tile_context: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """``[T]`` int64: tokens of each tile in its row's context; 0: its features stand among the tokens."""
+    tile_tags: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+    """``[T, G]`` int64: ids of the tag that goes into the context with a tile, -1 behind its end."""
+    context_length: int = 0
+    """C: each row's context is padded to it; 0 for a model without cross-attention. A batch of texts has a context too
+    (of padding), so that every micro-batch runs the same communication."""
     skipped: list[SkippedSample] = field(default_factory=list)
     """Samples whose rows train nothing, with the reasons."""
     num_degraded: int = 0
@@ -67,8 +102,39 @@ class Batch:
             if isinstance(value := getattr(self, entry.name), Tensor)
         }
 
-    def padded_to(self, length: int) -> "Batch":
-        """Return the batch with rows of ``length`` tokens; what is added trains nothing."""
+    def values(self) -> dict[str, object]:
+        """The fields that are no tensors, by name."""
+        tensors = self.tensors()
+        fields = (entry.name for entry in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in fields if name not in tensors}
+
+    def context_spans(self) -> Tensor:
+        """Where each tile stands in the context of its row: ``[T, 2]`` int64, half-open."""
+        stops = self.tile_context.cumsum(0)
+        totals = torch.zeros(self.tokens.shape[0], dtype=torch.int64, device=stops.device)
+        totals.index_add_(0, self.tile_rows, self.tile_context)
+        row_starts = totals.cumsum(0) - totals
+        stops = stops - row_starts[self.tile_rows]
+        return torch.stack([stops - self.tile_context, stops], dim=1)
+
+    def visible_context(self) -> Tensor:
+        """What each token may see of its row's context: ``[N, S, 2]`` int64, half-open, ``[0, 0]`` where nothing."""
+        first, after_last = self.visible_tiles.unbind(-1)
+        if self.tile_context.numel() == 0:
+            return torch.zeros_like(self.visible_tiles)
+        spans = self.context_spans()
+        last_tile = spans.shape[0] - 1
+        starts = spans[first.clamp(max=last_tile), 0]
+        stops = spans[(after_last - 1).clamp(min=0), 1]
+        sees_nothing = (first >= after_last) | (starts >= stops)
+        return torch.stack([starts, stops], dim=-1).masked_fill(sees_nothing.unsqueeze(-1), 0)
+
+    def padded_to(self, length: int, context_length: int | None = None) -> "Batch":
+        """Return the batch with rows of ``length`` tokens and contexts of ``context_length``; what is added trains
+        nothing and is seen by no token."""
+        if context_length is not None and context_length != self.context_length:
+            assert context_length > self.context_length > 0, (self.context_length, context_length)
+            return dataclasses.replace(self, context_length=context_length).padded_to(length)
         old_length = self.tokens.shape[1]
         added = length - old_length
         assert added >= 0, (length, old_length)
@@ -90,4 +156,4 @@ class Batch:
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """Return the batch with every tensor on ``device``."""
         moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors().items()}
-        return Batch(**moved, skipped=self.skipped, num_degraded=self.num_degraded)
+        return dataclasses.replace(self, **moved)  # type: ignore[arg-type]

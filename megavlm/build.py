@@ -88,6 +88,7 @@ def build_processor(recipe: Recipe) -> SampleProcessor:
         tokenizer,
         tile_size=recipe.model.vision.image_size,
         tokens_per_tile=recipe.model.tokens_per_tile,
+        route=recipe.model.fusion.tile_route,
     )
 
 

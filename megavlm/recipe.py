@@ -28,7 +28,7 @@ class OptimizerConfig(OptimizerSettings):
 class TrainingConfig(Config):
     """One stage of training."""
 
-    trainable: list[Literal["vision", "connector", "language"]] = pydantic.Field(min_length=1)
+    trainable: list[Literal["vision", "connector", "cross_attention", "language"]] = pydantic.Field(min_length=1)
     """Parts whose weights change; the others are frozen."""
     train_iters: pydantic.PositiveInt
     """Optimizer steps of the whole stage."""
@@ -84,11 +84,12 @@ class Recipe(Config):
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
         tokens, room = self.model.tokens_per_tile, self.data.seq_length
-        if tokens >= room:
+        if tokens >= room and self.model.fusion.tile_route.context_tiles != "all":
             raise ValueError(
                 f"data.seq_length={room}: holds no whole tile: model.vision and model.connector give {tokens} tokens a "
                 "tile. Raise seq_length, or let the connector give fewer tokens."
             )
+        self._check_cross_attention_trains()
         optimizer = self.training.optimizer
         if optimizer.min_lr > optimizer.lr:
             raise ValueError(f"training.optimizer.min_lr={optimizer.min_lr}: is above lr={optimizer.lr}. Lower it.")
@@ -98,3 +99,19 @@ class Recipe(Config):
                 f"decay ends at step {optimizer.lr_decay_iters or self.training.train_iters}. Shorten it."
             )
         return self
+
+    def _check_cross_attention_trains(self) -> None:
+        trainable, kind = self.training.trainable, self.model.fusion.kind
+        has_cross_attention = bool(self.model.cross_attention_layers)
+        if trainable == ["cross_attention"] and not has_cross_attention:
+            raise ValueError(
+                f"training.trainable={trainable}: model.fusion.kind={kind} has none, so nothing would train. Choose "
+                "another fusion or other parts."
+            )
+        starts_closed = has_cross_attention and self.checkpoint.pretrained_checkpoint is None
+        if starts_closed and "cross_attention" not in trainable:
+            raise ValueError(
+                f"training.trainable={trainable}: the gates of model.fusion.kind={kind} start at zero and would stay "
+                "there, so no tile would be seen. Add cross_attention, or start from trained weights "
+                "(checkpoint.pretrained_checkpoint)."
+            )

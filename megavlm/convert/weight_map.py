@@ -6,7 +6,7 @@ silence: each tensor of a checkpoint is either used, named in the map as unused,
 """
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.distributed
 from torch import Tensor
 
 from megavlm.convert.rules import Rule
-from megavlm.models.weights import WeightSlot, fill_weights
+from megavlm.models.weights import fill_weights
 
 _MOST_NAMED = 8
 
@@ -150,13 +150,13 @@ def to_theirs(weight_map: WeightMap, tensors: Mapping[str, Tensor]) -> dict[str,
     return converted
 
 
-def load_weights(chunks: Sequence[torch.nn.Module], weight_map: WeightMap, tensors: Mapping[str, Tensor]) -> None:
+def load_weights(chunks: Sequence[Any], weight_map: WeightMap, tensors: Mapping[str, Tensor]) -> None:
     """Fill the parts of a model that a map is about, under any tensor- and pipeline-parallel layout, in place.
 
     All ranks call it, each with its own chunks and the same tensors; all raise the same error.
 
     Args:
-        chunks: this rank's (unwrapped) model chunks, with children named as the model's parts.
+        chunks: this rank's (unwrapped) model chunks; keys begin with the part's name.
         weight_map: of the family.
         tensors: full tensors by their names.
 
@@ -166,7 +166,7 @@ def load_weights(chunks: Sequence[torch.nn.Module], weight_map: WeightMap, tenso
     reader = _Reader(weight_map, tensors)
     problem = None
     try:
-        fill_weights(list(_parts(chunks, weight_map.parts())), lambda slot: _read_slot(reader, slot))
+        fill_weights(chunks, lambda slot: reader.read(slot.key), weight_map.parts())
     except ValueError as error:
         problem = str(error)
     reports = _gather((problem, reader.used))
@@ -174,30 +174,6 @@ def load_weights(chunks: Sequence[torch.nn.Module], weight_map: WeightMap, tenso
         if other_problem is not None:
             raise ValueError(other_problem)
     _refuse_leftovers(reader.leftover({name for _, used in reports for name in used}))
-
-
-def _read_slot(reader: _Reader, slot: WeightSlot) -> Tensor:
-    return reader.read(slot.key)
-
-
-class _Part(torch.nn.Module):
-    """A child of a model that keeps its keys."""
-
-    def __init__(self, name: str, module: torch.nn.Module) -> None:
-        super().__init__()
-        self.name = name
-        self.module: Any = module  # a MegatronModule
-
-    def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Return the child's, keys as in the whole model."""
-        return self.module.sharded_state_dict(prefix=f"{self.name}.", metadata=metadata)
-
-
-def _parts(chunks: Sequence[torch.nn.Module], names: set[str]) -> Iterable[_Part]:
-    for chunk in chunks:
-        for name, module in chunk.named_children():
-            if name in names:
-                yield _Part(name, module)
 
 
 def _gather(report: tuple[str | None, set[str]]) -> list[tuple[str | None, set[str]]]:

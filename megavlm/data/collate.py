@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megavlm.batch import Batch, SkippedSample
@@ -10,7 +11,12 @@ from megavlm.data.sample import Sample
 
 
 def collate(
-    samples: Sequence[Sample | SkippedSample | None], *, pad_id: int, tile_size: int, pad_multiple: int = 1
+    samples: Sequence[Sample | SkippedSample | None],
+    *,
+    pad_id: int,
+    tile_size: int,
+    pad_multiple: int = 1,
+    uses_context: bool = False,
 ) -> Batch:
     """Put each sample in a row of its own.
 
@@ -19,22 +25,34 @@ def collate(
             so that the others keep their places.
         pad_id: token that fills the rows on the right.
         tile_size: side of a tile, in pixels.
-        pad_multiple: the longest sample's length is rounded up to a multiple of it.
+        pad_multiple: the longest sample's length, and the longest context, are rounded up to a multiple of it.
+        uses_context: the model has cross-attention, whose context is then never empty.
 
     Returns:
         A batch of ``len(samples)`` rows.
     """
-    return pack([[sample] for sample in samples], pad_id=pad_id, tile_size=tile_size, pad_multiple=pad_multiple)
+    return pack(
+        [[sample] for sample in samples],
+        pad_id=pad_id,
+        tile_size=tile_size,
+        pad_multiple=pad_multiple,
+        uses_context=uses_context,
+    )
 
 
 def pack(
-    rows: Sequence[Sequence[Sample | SkippedSample | None]], *, pad_id: int, tile_size: int, pad_multiple: int = 1
+    rows: Sequence[Sequence[Sample | SkippedSample | None]],
+    *,
+    pad_id: int,
+    tile_size: int,
+    pad_multiple: int = 1,
+    uses_context: bool = False,
 ) -> Batch:
     """Put several samples in each row, one behind the other; positions restart with each, ``cu_seqlens`` bounds them.
 
     Args:
         rows: the samples of each row. Skipped ones take no room; a row without any other is one padding token.
-        pad_id, tile_size, pad_multiple: as in :func:`collate`.
+        pad_id, tile_size, pad_multiple, uses_context: as in :func:`collate`.
 
     Returns:
         A batch of ``len(rows)`` rows.
@@ -54,10 +72,14 @@ def pack(
         position_ids=torch.arange(length).repeat(len(rows), 1),
         cu_seqlens=torch.empty(0, dtype=torch.int32),
         tiles=_concatenate_tiles(usable, tile_size),
-        tiles_per_image=torch.cat(
-            [torch.empty(0, dtype=torch.int64), *(sample.tiles_per_image for row in usable for sample in row)]
-        ),
+        tiles_per_image=_concatenate([sample.tiles_per_image for row in usable for sample in row]),
         visible_tiles=torch.zeros(len(rows), length, 2, dtype=torch.int64),
+        tile_rows=torch.tensor(
+            [index for index, row in enumerate(usable) for sample in row for _ in sample.tiles], dtype=torch.int64
+        ),
+        tile_context=_concatenate([sample.tile_context for row in usable for sample in row]),
+        tile_tags=_concatenate_tags([sample.tile_tags for row in usable for sample in row]),
+        context_length=_context_length(usable, pad_multiple) if uses_context else 0,
         skipped=[sample for row in rows for sample in row if isinstance(sample, SkippedSample)],
         num_degraded=sum(sample.num_degraded for row in usable for sample in row),
     )
@@ -80,6 +102,21 @@ def pack(
         batch.visible_tiles[row_index, start:] = num_tiles  # empty ranges
     batch.cu_seqlens = torch.tensor([*boundaries, len(rows) * length], dtype=torch.int32)
     return batch
+
+
+def _context_length(rows: list[list[Sample]], pad_multiple: int) -> int:
+    longest = max(1, *(sum(int(sample.tile_context.sum()) for sample in row) for row in rows))
+    return -(-longest // pad_multiple) * pad_multiple
+
+
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
+
+
+def _concatenate_tags(parts: list[Tensor]) -> Tensor:
+    longest = max((part.shape[1] for part in parts), default=0)
+    padded = [F.pad(part, (0, longest - part.shape[1]), value=-1) for part in parts]
+    return torch.cat([torch.empty(0, longest, dtype=torch.int64), *padded])
 
 
 def _concatenate_tiles(rows: list[list[Sample]], tile_size: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megavlm.batch import TileRoute
 from megavlm.data.chat_template import BOS, EOS, Segment, Special
 from megavlm.data.tokenizers import Tokenizer
 
@@ -36,17 +37,56 @@ class ImageSlot:
 
 
 @dataclass(frozen=True)
-class ImageTokens:
-    """The tokens that stand for one image: before each tile its tag, then its image tokens."""
+class TileTokens:
+    """The tokens of one tile, by the path that they take."""
 
-    tag_ids: tuple[tuple[int, ...], ...]
-    """Of each tile in order; tags may differ in length or be empty."""
-    tokens_per_tile: int
+    tag_ids: tuple[int, ...]
+    """Of the tag before the tile, in the text; may be empty."""
+    num_image_tokens: int
+    """Placeholders in the text, behind the tag; 0 for a tile that is read by cross-attention."""
+    context_length: int = 0
+    """Tokens in the context; 0 for a tile whose features stand among the tokens."""
+    context_tag_ids: tuple[int, ...] = ()
+    """Of the tag that goes into the context with the tile."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the text: tag and image tokens."""
+        return len(self.tag_ids) + self.num_image_tokens
+
+
+def route_tile(tag_ids: tuple[int, ...], tokens_per_tile: int, route: TileRoute, *, is_whole_image: bool) -> TileTokens:
+    """Say which tokens a tile gets on its path into the model.
+
+    Args:
+        tag_ids: of its tag; may be empty.
+        tokens_per_tile: tokens that the connector gives for a tile.
+        route: how the model takes tiles.
+        is_whole_image: the tile is the thumbnail, or the only one of its image.
+    """
+    if route.context_tiles == "none" or (route.context_tiles == "regular" and is_whole_image):
+        return TileTokens(tag_ids, tokens_per_tile)
+    if route.context_tags == "text":
+        return TileTokens(tag_ids, 0, tokens_per_tile)
+    num_more = len(tag_ids) if route.context_tags == "concatenate" else 0
+    return TileTokens((), 0, tokens_per_tile + num_more, tag_ids)
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The tokens that stand for one image."""
+
+    tiles: tuple[TileTokens, ...]
 
     @property
     def num_tokens(self) -> int:
         """Tags and image tokens together; the wrapper's tokens are text and not counted."""
-        return sum(len(ids) + self.tokens_per_tile for ids in self.tag_ids)
+        return sum(tile.num_tokens for tile in self.tiles)
+
+    @property
+    def uses_context(self) -> bool:
+        """Whether any tile is read by cross-attention."""
+        return any(tile.context_length for tile in self.tiles)
 
 
 @dataclass(frozen=True)
@@ -62,7 +102,11 @@ class Expansion:
     visible_tiles: Tensor
     """``[S, 2]`` int64: half-open range of the sample's tiles that each token may see by cross-attention."""
     tile_spans: Tensor
-    """``[T, 2]`` int64: half-open range of each tile's image tokens."""
+    """``[T, 2]`` int64: half-open range of each tile's image tokens; empty for a tile of the context."""
+    tile_context: Tensor
+    """``[T]`` int64: tokens of each tile in the context."""
+    tile_tags: Tensor
+    """``[T, G]`` int64: ids of the tag that goes into the context with each tile, -1 behind its end."""
     tokens_per_image: tuple[int, ...]
     """Tags and image tokens of each image."""
 
@@ -141,18 +185,26 @@ def count_tokens(runs: Sequence[TokenRun | ImageSlot], images: Sequence[ImageTok
     return num_text_tokens + sum(image.num_tokens for image in images)
 
 
-def expand(runs: Sequence[TokenRun | ImageSlot], images: Sequence[ImageTokens], image_token_id: int) -> Expansion:
+def expand(
+    runs: Sequence[TokenRun | ImageSlot],
+    images: Sequence[ImageTokens],
+    image_token_id: int,
+    text_sees: Literal["all_images", "last_image"] = "all_images",
+) -> Expansion:
     """Put the images' tokens into their slots.
 
     Tags and image tokens are not trained, and so the position before them predicts nothing. What a token may see by
-    cross-attention: a tile's tag and image tokens see that tile; text sees all tiles of the images before it in the
-    sample, and nothing (an empty range) where there is none. Source: NVLM (arXiv 2409.11402) section 4.3 for tags; for
-    other text the paper names no rule.
+    cross-attention: a tile's tag sees that tile; so do its image tokens, unless other tiles of their image are in the
+    context: then (the thumbnail of NVLM-H) they see those. Text sees the images before it in the sample by
+    ``text_sees``, and nothing (an empty range) where there is none. Sources: NVLM (arXiv 2409.11402) section 4.3 for
+    tags, Flamingo (arXiv 2204.14198) section 2.3 for ``last_image``; NVLM names no rule for other text, nor for the
+    thumbnail.
 
     Args:
         runs: of :func:`encode_segments`.
         images: one for each slot.
         image_token_id: what stands at the positions of image features.
+        text_sees: which images before it a token of text may see.
 
     Raises:
         ValueError: the number of slots is not the number of images.
@@ -164,27 +216,42 @@ def expand(runs: Sequence[TokenRun | ImageSlot], images: Sequence[ImageTokens], 
     is_trained: list[bool] = []
     visible: list[tuple[int, int]] = []
     spans: list[tuple[int, int]] = []
+    seen_by_text = (0, 0)
     supply = iter(images)
     for run in runs:
         if isinstance(run, TokenRun):
             ids += run.ids
             is_trained += [run.is_trained] * len(run.ids)
-            visible += [(0, len(spans))] * len(run.ids)
+            visible += [seen_by_text] * len(run.ids)
             continue
         image = next(supply)
-        for tag in image.tag_ids:
-            num_tokens = len(tag) + image.tokens_per_tile
-            visible += [(len(spans), len(spans) + 1)] * num_tokens
-            spans.append((len(ids) + len(tag), len(ids) + num_tokens))
-            ids += [*tag, *[image_token_id] * image.tokens_per_tile]
-            is_trained += [False] * num_tokens
+        all_of_image = (len(spans), len(spans) + len(image.tiles))
+        for tile in image.tiles:
+            this_tile = (len(spans), len(spans) + 1)
+            visible += [this_tile] * len(tile.tag_ids)
+            visible += [all_of_image if image.uses_context else this_tile] * tile.num_image_tokens
+            spans.append((len(ids) + len(tile.tag_ids), len(ids) + tile.num_tokens))
+            ids += [*tile.tag_ids, *[image_token_id] * tile.num_image_tokens]
+            is_trained += [False] * tile.num_tokens
+        seen_by_text = all_of_image if text_sees == "last_image" else (0, len(spans))
     tokens = torch.tensor(ids, dtype=torch.int64)
     targets = torch.tensor([*is_trained[1:], False][: len(ids)], dtype=torch.bool)
+    tiles = [tile for image in images for tile in image.tiles]
     return Expansion(
         tokens=tokens,
         labels=torch.where(targets, tokens.roll(-1), 0),
         loss_mask=targets.to(torch.float32),
         visible_tiles=torch.tensor(visible, dtype=torch.int64).reshape(-1, 2),
         tile_spans=torch.tensor(spans, dtype=torch.int64).reshape(-1, 2),
+        tile_context=torch.tensor([tile.context_length for tile in tiles], dtype=torch.int64),
+        tile_tags=_padded([tile.context_tag_ids for tile in tiles]),
         tokens_per_image=tuple(image.num_tokens for image in images),
+    )
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """``[T, G]`` int64 of rows of ids, -1 behind the end of each."""
+    longest = max((len(row) for row in rows), default=0)
+    return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in rows], dtype=torch.int64).reshape(
+        len(rows), longest
     )

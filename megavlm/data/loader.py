@@ -189,6 +189,7 @@ class _MicroBatches(torch.utils.data.Dataset[Batch]):
             pad_id=self._processor.tokenizer.pad_id,
             tile_size=self._processor.tile_size,
             pad_multiple=self._pad_multiple,
+            uses_context=self._processor.route.uses_context,
         )
 
     def _load(self, row: int) -> Sample | SkippedSample:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megavlm.batch import SkippedSample
+from megavlm.batch import ALL_AMONG_TOKENS, SkippedSample, TileRoute
 from megavlm.data.chat_template import CHAT_TEMPLATES, Segment, Special, render, render_prompt
 from megavlm.data.config import DataConfig
 from megavlm.data.conversation import Conversation, ImageRef
@@ -16,6 +16,7 @@ from megavlm.data.expansion import (
     count_tokens,
     encode_segments,
     expand,
+    route_tile,
     special_token_id,
 )
 from megavlm.data.image import ImageError, load_image, read_image_size
@@ -39,7 +40,14 @@ class _PlannedImage:
 class SampleProcessor:
     """Turns conversations into samples. Has no state that changes, so workers may each have a copy."""
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, tile_size: int, tokens_per_tile: int) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        tile_size: int,
+        tokens_per_tile: int,
+        route: TileRoute = ALL_AMONG_TOKENS,
+    ) -> None:
         """Build the tiling and check that the parts fit each other.
 
         Args:
@@ -47,6 +55,7 @@ class SampleProcessor:
             tokenizer: of the language model.
             tile_size: side of a tile, in pixels (the vision encoder's image size).
             tokens_per_tile: tokens that the connector gives for a tile.
+            route: how the model takes an image's tiles.
 
         Raises:
             ValueError: the tokenizer lacks a special token of the chat template, or no tile fits ``seq_length``.
@@ -55,11 +64,12 @@ class SampleProcessor:
         self.tokenizer = tokenizer
         self.tile_size = tile_size
         self.tokens_per_tile = tokens_per_tile
+        self.route = route
         self.tiling = config.tiling.build(tile_size)
         self._template = CHAT_TEMPLATES[config.chat_template]
         for special in self._template.specials:
             special_token_id(special, tokenizer)
-        if config.seq_length <= tokens_per_tile:
+        if route.context_tiles != "all" and config.seq_length <= tokens_per_tile:
             raise ValueError(
                 f"data.seq_length={config.seq_length}: holds no whole tile; model.vision and model.connector give "
                 f"{tokens_per_tile} tokens a tile. Raise seq_length or shrink the tile's tokens."
@@ -113,8 +123,17 @@ class SampleProcessor:
             max_tiles=self.tiling.max_tiles,
             thumbnail_tag=self.config.thumbnail_tag,
         )
+        num_regular = layout.num_tiles - int(layout.has_thumbnail or layout.num_tiles == 1)
         return ImageTokens(
-            tuple(tuple(self.tokenizer.encode(tag)) if tag else () for tag in tags), self.tokens_per_tile
+            tuple(
+                route_tile(
+                    tuple(self.tokenizer.encode(tag)) if tag else (),
+                    self.tokens_per_tile,
+                    self.route,
+                    is_whole_image=number >= num_regular,
+                )
+                for number, tag in enumerate(tags)
+            )
         )
 
     def _make(self, key: str, segments: list[Segment]) -> Sample:
@@ -126,7 +145,9 @@ class SampleProcessor:
             tiles = self._cut(images)
         except ImageError as error:
             raise SampleError(SkippedSample(key, error.reason, error.message)) from None
-        expansion = expand(runs, [image.tokens for image in images], self.tokenizer.image_token_id)
+        expansion = expand(
+            runs, [image.tokens for image in images], self.tokenizer.image_token_id, self.route.text_sees
+        )
         return Sample(
             key=key,
             tokens=expansion.tokens,
@@ -134,6 +155,8 @@ class SampleProcessor:
             loss_mask=expansion.loss_mask,
             visible_tiles=expansion.visible_tiles,
             tile_spans=expansion.tile_spans,
+            tile_context=expansion.tile_context,
+            tile_tags=expansion.tile_tags,
             tiles=tiles,
             tiles_per_image=torch.tensor([image.layout.num_tiles for image in images], dtype=torch.int64),
             tokens_per_image=expansion.tokens_per_image,
@@ -148,15 +171,13 @@ class SampleProcessor:
     def _fit(self, key: str, runs: list[TokenRun | ImageSlot], images: list[_PlannedImage]) -> None:
         """Take tiles from the image that has most, step by step, until the sample fits; changes ``images``.
 
-        The steps are those of Megatron-LM, which takes them for all images of a sample at once.
+        The steps are those of Megatron-LM, which takes them for all images of a sample at once. Tiles of the context
+        are only taken where that makes the text shorter (their tags).
         """
         limit = self.config.seq_length
         while (length := count_tokens(runs, [image.tokens for image in images])) > limit:
             for image in sorted(images, key=lambda image: image.layout.num_tiles, reverse=True):
-                smaller = self.tiling.degrade(image.layout, *image.size)
-                if smaller is not None:
-                    image.layout, image.is_degraded = smaller, True
-                    image.tokens = self.image_tokens(smaller, image.size)
+                if self._degrade(image):
                     break
             else:
                 num_image_tokens = sum(image.tokens.num_tokens for image in images)
@@ -165,6 +186,17 @@ class SampleProcessor:
                     f"image(s) at their fewest tiles) do not fit data.seq_length={limit}."
                 )
                 raise SampleError(SkippedSample(key, "over_length", message))
+
+    def _degrade(self, image: _PlannedImage) -> bool:
+        """Give an image fewer tiles, as many steps as it takes to make its text shorter; False if none does."""
+        layout = self.tiling.degrade(image.layout, *image.size)
+        while layout is not None:
+            tokens = self.image_tokens(layout, image.size)
+            if tokens.num_tokens < image.tokens.num_tokens:
+                image.layout, image.tokens, image.is_degraded = layout, tokens, True
+                return True
+            layout = self.tiling.degrade(layout, *image.size)
+        return False
 
     def _cut(self, images: list[_PlannedImage]) -> Tensor:
         tiles = [torch.empty(0, 3, self.tile_size, self.tile_size, dtype=torch.uint8)]

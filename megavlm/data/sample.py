@@ -22,7 +22,11 @@ class Sample:
     visible_tiles: Tensor
     """``[S, 2]`` int64: half-open range of the sample's tiles."""
     tile_spans: Tensor
-    """``[T, 2]`` int64: half-open range of the token positions of each tile."""
+    """``[T, 2]`` int64: half-open range of the token positions of each tile; empty for a tile of the context."""
+    tile_context: Tensor
+    """``[T]`` int64: tokens of each tile in the context of cross-attention; 0: its features stand among the tokens."""
+    tile_tags: Tensor
+    """``[T, G]`` int64: ids of the tag that goes into the context with each tile, -1 behind its end."""
     tiles: Tensor
     """``[T, 3, H, W]`` uint8, RGB."""
     tiles_per_image: Tensor

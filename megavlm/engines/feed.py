@@ -11,12 +11,21 @@ from typing import Any
 import torch
 import torch.distributed
 from megatron.core import parallel_state
-from torch import Tensor
 
 from megavlm.batch import Batch
 from megavlm.runtime import current_device
 
-_INTEGER_FIELDS = ("tokens", "labels", "position_ids", "cu_seqlens", "tiles_per_image", "visible_tiles")
+_INTEGER_FIELDS = (
+    "tokens",
+    "labels",
+    "position_ids",
+    "cu_seqlens",
+    "tiles_per_image",
+    "visible_tiles",
+    "tile_rows",
+    "tile_context",
+    "tile_tags",
+)
 
 
 def is_reader() -> bool:
@@ -88,7 +97,7 @@ def _read(steps: Iterator[list[Batch]]) -> list[Batch] | BaseException:
 
 
 def _header(read: list[Batch] | BaseException) -> list[dict[str, Any]] | str | None:
-    """What the other ranks need before the tensors: shapes and skipped samples, an error's text, or None at the end."""
+    """What the other ranks need before the tensors: shapes and plain values, an error's text, or None at the end."""
     if isinstance(read, StopIteration):
         return None
     if isinstance(read, BaseException):
@@ -96,15 +105,14 @@ def _header(read: list[Batch] | BaseException) -> list[dict[str, Any]] | str | N
     return [
         {
             "shapes": {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in batch.tensors().items()},
-            "skipped": batch.skipped,
-            "num_degraded": batch.num_degraded,
+            "values": batch.values(),
         }
         for batch in read
     ]
 
 
 def _empty_like(header: dict[str, Any]) -> Batch:
-    fields: dict[str, Tensor] = {
+    fields: dict[str, Any] = {
         name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in header["shapes"].items()
     }
-    return Batch(**fields, skipped=header["skipped"], num_degraded=header["num_degraded"])
+    return Batch(**fields, **header["values"])

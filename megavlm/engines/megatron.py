@@ -306,15 +306,16 @@ class MegatronEngine:
         self, forward_step: Callable[..., Any], batches: Sequence[Batch], *, forward_only: bool
     ) -> list[dict[str, Tensor]]:
         length = max(batch.tokens.shape[1] for batch in batches)
+        context_length = max(batch.context_length for batch in batches)
         if self.config.pads_micro_batches:
-            batches = [batch.padded_to(length) for batch in batches]
+            batches = [batch.padded_to(length, context_length) for batch in batches]
         iterators = [iter(batches) for _ in self._wrapped]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self._wrapped,
             num_microbatches=len(batches),
-            seq_length=length,  # where lengths differ, stages tell each other the real shapes
+            seq_length=length + context_length,  # where lengths differ, stages tell each other the real shapes
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=forward_only,
         )

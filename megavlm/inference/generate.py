@@ -67,4 +67,5 @@ def _continued(parts: Parts, prompts: Sequence[Sample], texts: Sequence[list[int
         pad_id=parts.tokenizer.pad_id,
         tile_size=parts.processor.tile_size,
         pad_multiple=parts.pad_multiple,
+        uses_context=parts.processor.route.uses_context,
     )

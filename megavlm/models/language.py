@@ -4,7 +4,7 @@ Shape letters: N rows, S tokens a row, H hidden width, V vocabulary, M tokens wh
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import pydantic
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megavlm.config import Config
 from megavlm.models.backend import Backend, attention_spec, block_spec, layer_spec
+from megavlm.models.cross_attention import GatedResidual, cross_attention_spec
 from megavlm.models.weights import mark_padded
 
 
@@ -106,10 +107,22 @@ class LanguageConfig(Config):
         )
 
 
-def decoder_layer_specs(config: LanguageConfig, backend: Backend) -> list[ModuleSpec]:
-    """One spec per decoder layer of the whole model, first to last."""
-    layer = layer_spec(backend, attention_spec(backend, AttnMaskType.causal))
-    return [layer] * config.num_layers
+def decoder_layer_specs(
+    config: LanguageConfig, backend: Backend, cross_attention_layers: Collection[int]
+) -> list[ModuleSpec]:
+    """One spec per decoder layer of the whole model, first to last.
+
+    Args:
+        config: shape of the decoder.
+        backend: where the layers come from.
+        cross_attention_layers: indices of the layers that also attend to the context.
+    """
+    attention = attention_spec(backend, AttnMaskType.causal)
+    plain = layer_spec(backend, attention)
+    crossed = layer_spec(
+        backend, attention, cross_attention=cross_attention_spec(backend), cross_residual=GatedResidual
+    )
+    return [crossed if layer in cross_attention_layers else plain for layer in range(config.num_layers)]
 
 
 class LanguageModel(LanguageModule):
@@ -198,33 +211,50 @@ class LanguageModel(LanguageModule):
         if self.post_process and self.output_layer.weight is not None:
             mark_padded(self.output_layer.weight, (self.vocab_size, hidden_size))
 
-    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
-        """Take hidden states ``[S, N, H]`` from the stage before (called by megatron-core's schedules)."""
-        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
-
     def embed(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
         """Look up token embeddings: ``[N, S]`` int64 -> ``[S, N, H]``, whole on every tensor-parallel rank."""
         return self.embedding(input_ids=tokens, position_ids=position_ids)
 
-    def forward(self, hidden_states: Tensor | None, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def split_over_sequence(self, states: Tensor) -> Tensor:
+        """``[S, N, H]`` whole on every tensor-parallel rank -> this rank's share, under sequence parallelism."""
+        if self.config.sequence_parallel:
+            return tensor_parallel.scatter_to_sequence_parallel_region(states)
+        return states
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        context: Tensor | None = None,
+        visible_context: Tensor | None = None,
+    ) -> Tensor:
         """Run this stage's decoder layers.
 
         Args:
-            hidden_states: ``[S, N, H]`` whole on every rank (first stage), or None (later stages read what
-                :meth:`set_input_tensor` was given).
+            hidden_states: ``[S, N, H]``, of :meth:`embed` or of the stage before; this and ``context`` are split over
+                the sequence under sequence parallelism (:meth:`split_over_sequence`).
             position_ids: ``[N, S]`` int64.
             attention_mask: None for plain causal rows; ``[N, 1, S, S]`` bool, True where a token may not look, for
                 packed rows.
+            context: ``[C, N, H]``, keys and values of cross-attention; None if no layer has any.
+            visible_context: ``[N, S, 2]`` int64, the range of its row's context that each token may see.
 
         Returns:
-            ``[S, N, H]``, split over the sequence under sequence parallelism.
+            ``[S, N, H]``, split as ``hidden_states`` is.
         """
-        if hidden_states is not None and self.config.sequence_parallel:
-            hidden_states = tensor_parallel.scatter_to_sequence_parallel_region(hidden_states)
+        if not self.pre_process:
+            self.decoder.set_input_tensor(hidden_states)
         frequencies = self.rotary_pos_emb(position_ids.shape[1])
         if attention_mask is not None:  # packed: positions restart, so each row has frequencies of its own
             frequencies = frequencies[position_ids, 0, 0].transpose(0, 1).unsqueeze(2)
-        return self.decoder(hidden_states=hidden_states, attention_mask=attention_mask, rotary_pos_emb=frequencies)
+        return self.decoder(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            rotary_pos_emb=frequencies,
+            context=context,
+            context_mask=visible_context,
+        )
 
     def token_losses(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
         """Cross-entropy of the trained tokens.

@@ -1,12 +1,14 @@
 """The vision-language model: vision encoder -> connector -> fusion -> language model, one pipeline stage of it.
 
-Shape letters: N rows, S tokens a row, T tiles, P patches of a tile, K tokens of a tile, H hidden width.
+Shape letters: N rows, S tokens a row, T tiles, P patches of a tile, K tokens of a tile, C tokens of a row's context, H
+hidden width. Under sequence parallelism, tensors between stages hold a tensor-parallel rank's share of S and of C.
 """
 
 import contextlib
 from collections.abc import Mapping
 from typing import Any
 
+import pydantic
 import torch
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
@@ -16,12 +18,9 @@ from megavlm.batch import Batch
 from megavlm.config import Config
 from megavlm.models.backend import BACKENDS
 from megavlm.models.connectors import AnyConnectorConfig
-from megavlm.models.fusion import AnyFusionConfig
-from megavlm.models.language import LanguageConfig, LanguageModel
+from megavlm.models.fusion import AnyFusionConfig, fill_placeholders, lay_out_context
+from megavlm.models.language import LanguageConfig, LanguageModel, decoder_layer_specs
 from megavlm.models.vision import AnyVisionConfig
-
-PARTS = ("vision", "connector", "language")
-"""Names of a model's parts: what a recipe can train or freeze, and the first word of every checkpoint key."""
 
 
 class VLMConfig(Config):
@@ -34,15 +33,26 @@ class VLMConfig(Config):
 
     @property
     def tokens_per_tile(self) -> int:
-        """Tokens that one tile takes in the sequence of the language model."""
+        """Tokens that one tile becomes."""
         return self.connector.tokens_per_tile(self.vision.num_patches)
+
+    @property
+    def cross_attention_layers(self) -> tuple[int, ...]:
+        """Indices of the decoder layers that have cross-attention."""
+        return self.fusion.cross_attention_layers(self.language.num_layers)
+
+    @pydantic.model_validator(mode="after")
+    def _layers_fit(self) -> "VLMConfig":
+        _ = self.cross_attention_layers  # raises
+        return self
 
 
 class VLM(MegatronModule):
     """One pipeline stage (or virtual stage). Vision encoder and connector live on the first.
 
     ``forward`` is what megatron-core's schedules call: hidden states on all stages but the last, which gives per-token
-    losses or logits.
+    losses or logits. A model with cross-attention sends its context along, behind the hidden states in one tensor, and
+    so gets the context's gradient back by the same way.
     """
 
     def __init__(
@@ -74,7 +84,7 @@ class VLM(MegatronModule):
         transformer_config = config.language.transformer_config(megatron_settings)
         super().__init__(transformer_config)
         self.model_type = ModelType.encoder_or_decoder
-        self.fusion = config.fusion
+        self.route = config.fusion.tile_route
         self.image_token_id = image_token_id
         self.pre_process = pre_process
         self.post_process = post_process
@@ -89,7 +99,7 @@ class VLM(MegatronModule):
         self.language = LanguageModel(
             config.language,
             transformer_config,
-            config.fusion.layer_specs(config.language, layers),
+            decoder_layer_specs(config.language, layers, config.cross_attention_layers),
             layers,
             vocab_size=model_vocab_size(config.language, vocab_size),
             pre_process=pre_process,
@@ -98,10 +108,11 @@ class VLM(MegatronModule):
         )
         self.tile_shape = (3, config.vision.image_size, config.vision.image_size)
         self.patch_shape = (config.vision.num_patches, config.vision.hidden_size)
+        self._received: Tensor | None = None
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
-        """Take hidden states from the stage before (called by megatron-core's schedules)."""
-        self.language.set_input_tensor(input_tensor)
+        """Take the output of the stage before (called by megatron-core's schedules)."""
+        self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The tied word embedding, for megatron-core's all-reduce of its gradient between first and last stage."""
@@ -115,34 +126,67 @@ class VLM(MegatronModule):
             wanted_logits: ``[N, S]``, nonzero where the last stage shall give logits instead of losses.
 
         Returns:
-            ``[S, N, H]`` hidden states, or on the last stage ``[N, S]`` losses (0 where nothing is trained) or
-            ``[M, V]`` logits.
+            ``[S + C, N, H]`` hidden states and context, or on the last stage ``[N, S]`` losses (0 where nothing is
+            trained) or ``[M, V]`` logits.
 
         Raises:
-            ValueError: placeholders in the tokens and features of the tiles differ in number.
+            ValueError: the batch holds another number of placeholders, or another room for the tiles in the context,
+                than the features of its tiles take.
         """
-        hidden_states = self._embed(batch) if self.pre_process else None
+        if self.route.uses_context != (batch.context_length > 0):
+            raise ValueError(
+                f"batch.context_length={batch.context_length}: does not fit a model with"
+                f"{'' if self.route.uses_context else 'out'} cross-attention. Make batches by the model's tile_route."
+            )
+        hidden_states, context = self._embed(batch) if self.pre_process else self._split_received(batch)
         attention_mask = packed_attention_mask(batch) if batch.is_packed else None
-        hidden_states = self.language(hidden_states, batch.position_ids, attention_mask)
+        visible_context = batch.visible_context() if self.route.uses_context else None
+        hidden_states = self.language(hidden_states, batch.position_ids, attention_mask, context, visible_context)
         if not self.post_process:
-            return hidden_states
+            return hidden_states if context is None else torch.cat([hidden_states, context])
         if wanted_logits is not None:
             return self.language.logits(hidden_states, wanted_logits)
         return self.language.token_losses(hidden_states, batch.labels, batch.loss_mask)
 
-    def _embed(self, batch: Batch) -> Tensor:
-        """Tokens and tiles -> ``[S, N, H]``."""
+    def _split_received(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Hidden states and context out of what the stage before sent."""
+        received = self._received
+        assert received is not None, "a later stage was called without set_input_tensor"
+        if not self.route.uses_context:
+            return received, None
+        shares = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        num_hidden = batch.tokens.shape[1] // shares
+        return received[:num_hidden], received[num_hidden:]
+
+    def _embed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Tokens and tiles -> hidden states ``[S, N, H]`` and context ``[C, N, H]``."""
         embeddings = self.language.embed(batch.tokens, batch.position_ids)
         if batch.tiles.shape[0]:
             features = self.connector(self._encode_tiles(batch.tiles))
-            return self.fusion.merge(embeddings, features, batch, self.image_token_id)
-        # Text only. megatron-core backpropagates on every stage and overlapped gradient reduction waits for every
-        # parameter, so the parts that train must be in the graph of every micro-batch, here with weight zero.
-        if torch.is_grad_enabled() and self._trains(self.vision, self.connector):
-            embeddings = embeddings + self.connector(self._encode_nothing(embeddings)).sum() * 0.0
+        else:
+            features = embeddings.new_zeros(0, 1, embeddings.shape[-1])
+            # megatron-core backpropagates on every stage and overlapped gradient reduction waits for every parameter,
+            # so the parts that train must be in the graph of every micro-batch, here with weight zero.
+            if torch.is_grad_enabled() and self._trains(self.vision, self.connector):
+                embeddings = embeddings + self.connector(self._encode_nothing(embeddings)).sum() * 0.0
+        if not self.route.uses_context:
+            embeddings = fill_placeholders(embeddings, features, batch.tokens, self.image_token_id)
+            context = None
+        else:
+            among_tokens = batch.tile_context == 0
+            embeddings = fill_placeholders(embeddings, features[among_tokens], batch.tokens, self.image_token_id)
+            context = self._lay_out_context(features[~among_tokens], batch)
+            context = self.language.split_over_sequence(context.to(embeddings.dtype))
         if torch.is_grad_enabled() and not embeddings.requires_grad:
-            embeddings.requires_grad_()
-        return embeddings
+            embeddings.requires_grad_()  # a stage without trained parameters still has to pass a gradient on
+        return self.language.split_over_sequence(embeddings), context
+
+    def _lay_out_context(self, features: Tensor, batch: Batch) -> Tensor:
+        tags = None
+        if self.route.context_tags != "text":
+            ids = batch.tile_tags[batch.tile_context != 0]
+            tags = self.language.embed(ids.clamp(min=0), torch.zeros_like(ids))
+        return lay_out_context(features, tags, batch, adds_tags=self.route.context_tags == "add")
 
     def _encode_tiles(self, tiles: Tensor) -> Tensor:
         """``[T, 3, H, W]`` -> ``[T, P, D]``; a frozen encoder keeps no activations."""

@@ -7,7 +7,7 @@ through the same door, so a model starts equal under every tensor- and pipeline-
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megavlm.models.part import PARTS, part_of
 from megavlm.runtime.sharding import sharding_metadata
 
 
@@ -49,12 +50,13 @@ def mark_padded(parameter: torch.nn.Parameter, full_shape: tuple[int, ...]) -> N
     parameter.unpadded_shape = full_shape  # type: ignore[attr-defined]
 
 
-def fill_weights(chunks: Sequence[MegatronModule], full_tensor: FullTensor) -> set[str]:
+def fill_weights(chunks: Sequence[MegatronModule], full_tensor: FullTensor, parts: Collection[str] = PARTS) -> set[str]:
     """Copy each parameter's part of its full tensor into this rank's model chunks, in place.
 
     Args:
         chunks: this rank's (unwrapped) model chunks.
         full_tensor: gives the full tensor of a slot.
+        parts: of the model that are filled; the others are left as they are.
 
     Returns:
         The keys that were filled.
@@ -66,6 +68,8 @@ def fill_weights(chunks: Sequence[MegatronModule], full_tensor: FullTensor) -> s
     with torch.no_grad():
         for chunk in chunks:
             for shard in _floating_shards(chunk.sharded_state_dict(metadata=sharding_metadata())):
+                if part_of(shard.key) not in parts:
+                    continue
                 shape = getattr(shard.data, "unpadded_shape", tuple(shard.global_shape))
                 full = full_tensor(WeightSlot(shard.key, tuple(shape), getattr(shard.data, "constant", None)))
                 if tuple(full.shape) != tuple(shape):
@@ -120,7 +124,7 @@ def count_parameters(chunks: Sequence[MegatronModule]) -> Counter[str]:
         chunks: this rank's (unwrapped) model chunks.
 
     Returns:
-        Part name (first word of the checkpoint key) -> parameters whose beginning lies on this rank. The sum over all
+        Part (:func:`megavlm.models.part.part_of`) -> parameters whose beginning lies on this rank. The sum over all
         ranks is the whole model's.
     """
     counts: Counter[str] = Counter()
@@ -128,5 +132,5 @@ def count_parameters(chunks: Sequence[MegatronModule]) -> Counter[str]:
         for shard in _floating_shards(chunk.sharded_state_dict(metadata=sharding_metadata())):
             if is_main_replica(shard.replica_id) and not any(shard.global_offset):
                 shape = getattr(shard.data, "unpadded_shape", shard.global_shape)
-                counts[shard.key.split(".", 1)[0]] += math.prod(shape)
+                counts[part_of(shard.key)] += math.prod(shape)
     return counts

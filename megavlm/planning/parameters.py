@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megavlm.engines import MegatronEngineConfig
+from megavlm.models.part import PARTS
 from megavlm.models.vlm import VLM
 from megavlm.models.weights import count_parameters
 from megavlm.recipe import Recipe
@@ -27,7 +28,8 @@ def count_recipe_parameters(recipe: Recipe) -> Counter[str]:
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
         settings = MegatronEngineConfig(precision=recipe.engine.precision).megatron_settings()
         model = VLM(recipe.model, settings, vocab_size=vocab_size, image_token_id=vocab_size - 1)
-        return count_parameters([model])
+        counts = count_parameters([model])
+    return Counter({part: counts[part] for part in PARTS if counts[part]})
 
 
 def print_parameters(counts: Counter[str]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from megavlm.models.vlm import PARTS
+from megavlm.models.part import PARTS, part_of
 
 
 def freeze_except(chunks: Sequence[torch.nn.Module], trainable: Iterable[str]) -> None:
@@ -12,10 +12,10 @@ def freeze_except(chunks: Sequence[torch.nn.Module], trainable: Iterable[str]) -
 
     Args:
         chunks: this rank's (unwrapped) model chunks; a part may be absent from them.
-        trainable: names of ``megavlm.models.vlm.PARTS``.
+        trainable: names of ``megavlm.models.part.PARTS``.
     """
     wanted = set(trainable)
     assert wanted <= set(PARTS), wanted
     for chunk in chunks:
-        for name, part in chunk.named_children():
-            part.requires_grad_(name in wanted)
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(part_of(name) in wanted)

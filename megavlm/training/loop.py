@@ -15,6 +15,7 @@ from megavlm.config import dump_recipe, save_recipe
 from megavlm.data import Dataset, DatasetConfig, Loader
 from megavlm.engines.feed import Feed, is_reader
 from megavlm.models.initialization import initialize_weights
+from megavlm.models.part import PARTS
 from megavlm.models.weights import count_parameters
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
@@ -230,11 +231,11 @@ def _tokenizer_files(parts: Parts) -> Iterator[dict[str, Path]]:
 def _log_parameters(parts: Parts, chunks: list) -> None:
     """Say how many parameters each part has and which of them train."""
     counts = count_parameters(chunks)
-    names = ("vision", "connector", "language")
-    totals = parts.engine.sum_over_ranks([float(counts[name]) for name in names])
-    for name, total in zip(names, totals, strict=True):
-        state = "trains" if name in parts.recipe.training.trainable else "frozen"
-        LOGGER.info("%-9s %15s parameters, %s", name, f"{total:,.0f}", state)
+    totals = parts.engine.sum_over_ranks([float(counts[name]) for name in PARTS])
+    for name, total in zip(PARTS, totals, strict=True):
+        if total:
+            state = "trains" if name in parts.recipe.training.trainable else "frozen"
+            LOGGER.info("%-15s %15s parameters, %s", name, f"{total:,.0f}", state)
 
 
 def _check_same_model(recipe: Recipe, checkpoint: Path) -> None:

@@ -1,11 +1,12 @@
 """Every layout gives the losses, gradient norms and gradients of one process, on mixed batches."""
 
+import functools
 from typing import Any
 
 import numpy as np
 import pytest
 from harness import run_ranks
-from tiny_vlm import TINY, Outcome, assemble, train_tiny
+from tiny_vlm import ADDING_H, TINY, H, Outcome, X, assemble, train_tiny
 
 PP2_VPP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 TP2 = {"tensor_model_parallel_size": 2}
@@ -25,11 +26,19 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_sp_recompute": (2, {**TP2_SP, "recompute_granularity": "selective", "recompute_modules": ["core_attn"]}),
 }
 
+MODELS: dict[str, dict[str, Any]] = {"D": TINY, "X": X, "H": H, "H_adding": ADDING_H}
+CONTEXT_LAYOUTS = ("dp2", "tp2_sp", "pp2", "tp2_sp_pp2", "pp2_vpp2", "recompute")
+TESTED = [
+    *(("D", layout) for layout in LAYOUTS),
+    *((model, layout) for model in ("X", "H") for layout in (*CONTEXT_LAYOUTS, "tp2", "tp2_sp_pp2_vpp2")),
+    *(("H_adding", layout) for layout in ("tp2_sp", "pp2")),
+]
+
 FROZEN: dict[str, tuple[str, ...]] = {
     "connector_only": ("connector",),  # stage 1 of NVLM
     "connector_and_language": ("connector", "language"),  # stage 2
     "vision_only": ("vision",),
-    "all": ("vision", "connector", "language"),
+    "all": ("vision", "connector", "cross_attention", "language"),
 }
 
 # Worst seen over LAYOUTS with everything trained: loss 1.7e-7, gradient norm 1.1e-6 (relative), gradients 1.9e-6
@@ -38,14 +47,11 @@ LOSS_TOLERANCE = 5e-6
 NORM_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 5e-6
 
-_references: dict[tuple[str, ...], list[Outcome]] = {}
 
-
-def reference(trainable: tuple[str, ...]) -> list[Outcome]:
-    """One process, computed once for each set of trained parts."""
-    if trainable not in _references:
-        _references[trainable] = run_ranks(train_tiny, 1, {"use_distributed_optimizer": False}, trainable, 3, None, 0.0)
-    return _references[trainable]
+@functools.cache
+def reference(trainable: tuple[str, ...], model: str = "D") -> list[Outcome]:
+    """One process, computed once for each set of trained parts and each model."""
+    return run_ranks(train_tiny, 1, {"use_distributed_optimizer": False}, trainable, 3, MODELS[model], 0.0)
 
 
 def assert_equal(outcomes: list[Outcome], expected: list[Outcome]) -> None:
@@ -58,12 +64,12 @@ def assert_equal(outcomes: list[Outcome], expected: list[Outcome]) -> None:
         np.testing.assert_allclose(gradients[key], values, rtol=1e-3, atol=GRADIENT_TOLERANCE, err_msg=key)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_equals_one_process(layout: str) -> None:
+@pytest.mark.parametrize(("model", "layout"), TESTED)
+def test_layout_equals_one_process(model: str, layout: str) -> None:
     world_size, engine = LAYOUTS[layout]
-    expected = reference(FROZEN["all"])
+    expected = reference(FROZEN["all"], model)
     outcomes = run_ranks(
-        train_tiny, world_size, {**engine, "use_distributed_optimizer": False}, FROZEN["all"], 3, None, 0.0
+        train_tiny, world_size, {**engine, "use_distributed_optimizer": False}, FROZEN["all"], 3, MODELS[model], 0.0
     )
     assert all(abs(values).max() > 1e-6 for values in assemble(expected).values()), "a gradient is missing"
     assert_equal(outcomes, expected)

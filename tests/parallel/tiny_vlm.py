@@ -1,4 +1,4 @@
-"""A tiny NVLM-D, mixed batches for it, and one function that trains it under a layout and says what came out."""
+"""A tiny NVLM-D, NVLM-X and NVLM-H, mixed batches for them, and one function that trains one under a layout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,12 +8,15 @@ import numpy as np
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megavlm.batch import Batch
+from megavlm.batch import ALL_AMONG_TOKENS, Batch, TileRoute
+from megavlm.data import Sample, collate
+from megavlm.data.expansion import ImageSlot, ImageTokens, TokenRun, count_tokens, expand, route_tile
 from megavlm.engines import MegatronEngine, MegatronEngineConfig, OptimizerSettings
 from megavlm.models.initialization import initialize_weights
 from megavlm.models.vlm import VLM, VLMConfig
 from megavlm.runtime.seed import set_seed
 from megavlm.runtime.sharding import sharding_metadata
+from megavlm.training.freeze import freeze_except
 
 VOCAB_SIZE = 100
 IMAGE_TOKEN_ID = 99
@@ -46,6 +49,13 @@ TINY: dict[str, Any] = {
         "init_method_std": 0.1,
     },
 }
+
+CROSS_ATTENTION = {"kind": "cross_attention", "every_n_layers": 2}
+HYBRID = {"kind": "hybrid", "every_n_layers": 2, "tag_integration": "concatenate"}
+X: dict[str, Any] = {**TINY, "fusion": CROSS_ATTENTION, "connector": {"kind": "mlp", "num_layers": 1}}
+H: dict[str, Any] = {**TINY, "fusion": HYBRID}
+ADDING_H: dict[str, Any] = {**TINY, "fusion": {**HYBRID, "tag_integration": "add"}}
+ALL_PARTS = ("vision", "connector", "cross_attention", "language")
 
 
 Shard = tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]
@@ -95,32 +105,95 @@ def make_batch(rows: Sequence[Sequence[int]], seed: int, length: int = 40) -> Ba
     )
 
 
-def mixed_batches(step: int) -> list[Batch]:
+def make_sample(images: Sequence[int], generator: torch.Generator, length: int, route: TileRoute) -> Sample:
+    """Make a sample whose tokens are laid out by the data package.
+
+    Args:
+        images: tiles of each image; the last of several is the thumbnail. Three tokens of text before each, two behind.
+        generator: of tokens and pixels.
+        length: least tokens.
+        route: how the model takes the tiles.
+    """
+
+    def text(num_tokens: int) -> TokenRun:
+        ids = torch.randint(0, IMAGE_TOKEN_ID, (num_tokens,), generator=generator).tolist()
+        return TokenRun(tuple(ids), is_trained=True)
+
+    runs: list[TokenRun | ImageSlot] = [text(2)]
+    tokens = []
+    for num_tiles in images:
+        runs += [text(3), ImageSlot(), text(2)]
+        tags = [text(2).ids for _ in range(num_tiles)]
+        tokens.append(
+            ImageTokens(
+                tuple(
+                    route_tile(tag, 4, route, is_whole_image=number == num_tiles - 1) for number, tag in enumerate(tags)
+                )
+            )
+        )
+    runs.append(text(max(2, length - count_tokens(runs, tokens))))
+    expansion = expand(runs, tokens, IMAGE_TOKEN_ID, route.text_sees)
+    shape = (sum(images), 3, TILE_SIZE, TILE_SIZE)
+    kept = torch.rand(expansion.loss_mask.shape, generator=generator) > 0.4
+    return Sample(
+        key="made",
+        tokens=expansion.tokens,
+        labels=expansion.labels,
+        loss_mask=expansion.loss_mask * kept,
+        visible_tiles=expansion.visible_tiles,
+        tile_spans=expansion.tile_spans,
+        tile_context=expansion.tile_context,
+        tile_tags=expansion.tile_tags,
+        tiles=torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8),
+        tiles_per_image=torch.tensor(images, dtype=torch.int64),
+        tokens_per_image=expansion.tokens_per_image,
+    )
+
+
+def make_routed_batch(
+    rows: Sequence[Sequence[int]], seed: int, route: TileRoute, length: int = 24, pad_multiple: int = 2
+) -> Batch:
+    """Make a micro-batch as a loader does: for each row the tiles of each of its images."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = [make_sample(images, generator, length, route) for images in rows]
+    return collate(samples, pad_id=0, tile_size=TILE_SIZE, pad_multiple=pad_multiple, uses_context=route.uses_context)
+
+
+def mixed_batches(step: int, route: TileRoute = ALL_AMONG_TOKENS) -> list[Batch]:
     """Four micro-batches of different lengths: text only, one image, several images, and one that trains nothing."""
     seed = 100 * step
-    batches = [
-        make_batch([[3], []], seed, length=24),
-        make_batch([[], []], seed + 1, length=32),
-        make_batch([[1, 4], [2]], seed + 2, length=40),
-        make_batch([[1], [2, 1, 1]], seed + 3, length=28),
-    ]
+    if route.uses_context:
+        batches = [
+            make_routed_batch([[3], []], seed, route, length=24),
+            make_routed_batch([[], []], seed + 1, route, length=32),
+            make_routed_batch([[1, 4], [2]], seed + 2, route, length=40),
+            make_routed_batch([[1], [2, 1, 1]], seed + 3, route, length=28),
+        ]
+    else:
+        batches = [
+            make_batch([[3], []], seed, length=24),
+            make_batch([[], []], seed + 1, length=32),
+            make_batch([[1, 4], [2]], seed + 2, length=40),
+            make_batch([[1], [2, 1, 1]], seed + 3, length=28),
+        ]
     batches[3 if step % 2 else 0].loss_mask.zero_()
     return batches
 
 
 def train_tiny(
     engine_config: dict[str, Any],
-    trainable: Sequence[str] = ("vision", "connector", "language"),
+    trainable: Sequence[str] = ALL_PARTS,
     num_steps: int = 3,
     model: dict[str, Any] | None = None,
     clip_grad: float = 1.0,
 ) -> Outcome:
     """Train on this rank's share of :func:`mixed_batches`; gradients are unclipped if ``clip_grad`` is 0."""
     engine, chunks = build_tiny(engine_config, trainable, model)
-    engine.build_optimizer(OptimizerSettings(lr=1e-2, clip_grad=clip_grad))
+    # a large epsilon: otherwise the first steps turn the rounding of a gradient near zero into a full learning rate
+    engine.build_optimizer(OptimizerSettings(lr=1e-2, clip_grad=clip_grad, adam_eps=1e-4))
     outcome = Outcome()
     for step in range(num_steps):
-        batches = mixed_batches(step)
+        batches = mixed_batches(step, chunks[0].route)
         result = engine.train_step(batches[engine.data_parallel_rank :: engine.data_parallel_size])
         outcome.losses.append(result.loss)
         outcome.grad_norms.append(result.grad_norm)
@@ -130,7 +203,7 @@ def train_tiny(
 
 def build_tiny(
     engine_config: dict[str, Any],
-    trainable: Sequence[str] = ("vision", "connector", "language"),
+    trainable: Sequence[str] = ALL_PARTS,
     model: dict[str, Any] | None = None,
 ) -> tuple[MegatronEngine, list[torch.nn.Module]]:
     """Build, initialise, freeze and wrap the model under a layout."""
@@ -151,11 +224,18 @@ def build_tiny(
         for stage in engine.stages()
     ]
     initialize_weights(chunks, seed=7)
-    for chunk in chunks:
-        for name, part in chunk.named_children():
-            part.requires_grad_(name in trainable)
+    open_gates(chunks)
+    freeze_except(chunks, trainable)
     engine.wrap(chunks)
     return engine, chunks
+
+
+def open_gates(chunks: Sequence[torch.nn.Module], value: float = 0.7) -> None:
+    """Let cross-attention through: fresh gates are zero, behind which no weight has a gradient."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if name.endswith(".gate"):
+                parameter.data.fill_(value)
 
 
 def gradient_shards(chunks: Sequence[torch.nn.Module]) -> list[Shard]:

@@ -24,6 +24,8 @@ def sample(num_tokens: int, tiles_per_image: tuple[int, ...] = (), fill: int = 7
         loss_mask=loss_mask,
         visible_tiles=torch.tensor([[0, num_tiles]] * num_tokens),
         tile_spans=torch.zeros(num_tiles, 2, dtype=torch.int64),
+        tile_context=torch.zeros(num_tiles, dtype=torch.int64),
+        tile_tags=torch.zeros(num_tiles, 0, dtype=torch.int64),
         tiles=torch.full((num_tiles, 3, 4, 4), fill, dtype=torch.uint8),
         tiles_per_image=torch.tensor(tiles_per_image, dtype=torch.int64),
         tokens_per_image=(),
@@ -65,6 +67,9 @@ def test_the_types_are_those_of_the_contract() -> None:
         "tiles": torch.uint8,
         "tiles_per_image": torch.int64,
         "visible_tiles": torch.int64,
+        "tile_rows": torch.int64,
+        "tile_context": torch.int64,
+        "tile_tags": torch.int64,
     }
     assert batch.tiles.shape == (0, 3, 4, 4)
 

@@ -11,6 +11,7 @@ from megavlm.data.expansion import (
     ImageSlot,
     ImageTokens,
     ImageWrapper,
+    TileTokens,
     TokenRun,
     count_tokens,
     encode_segments,
@@ -26,7 +27,7 @@ def chatml(*messages: Message) -> list[Segment]:
 
 
 def tagged(*tags: str, tokens_per_tile: int = 2) -> ImageTokens:
-    return ImageTokens(tuple(tuple(byte_ids(tag)) for tag in tags), tokens_per_tile)
+    return ImageTokens(tuple(TileTokens(tuple(byte_ids(tag)), tokens_per_tile) for tag in tags))
 
 
 def trained_ids(expansion: Expansion) -> list[int]:

@@ -1,0 +1,244 @@
+"""Gated cross-attention of tokens to the context of their row, as submodules of megatron-core's TransformerLayer.
+
+Order in a layer, as in NVLM (arXiv 2409.11402, figure 3): self-attention, gated cross-attention, feed-forward. The gate
+is Flamingo's (arXiv 2204.14198): tanh of a scalar that starts at zero, so a fresh layer changes nothing. Keys carry no
+positions.
+
+Shape letters: S tokens, N rows, C tokens of a row's context, H heads (of this tensor-parallel rank), G key/value
+groups, D channels of a head.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.attention import Attention, CrossAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from megavlm.models.backend import Backend, SDPACoreAttention
+from megavlm.models.weights import start_at
+from megavlm.runtime import current_device
+
+
+def cross_attention_spec(backend: Backend) -> ModuleSpec:
+    """Cross-attention over the context, without bias."""
+    return ModuleSpec(
+        module=CrossAttention,
+        submodules=CrossAttentionSubmodules(
+            linear_q=backend.column_parallel_linear,  # type: ignore[arg-type]
+            linear_kv=backend.column_parallel_linear,  # type: ignore[arg-type]
+            core_attention=RangeAttention,
+            linear_proj=backend.row_parallel_linear,
+        ),
+    )
+
+
+class CrossAttention(Attention):
+    """Queries from the tokens, keys and values from the context, with grouped heads.
+
+    megatron-core's own ``CrossAttention`` refuses grouped heads. Under sequence parallelism ``linear_kv`` gathers the
+    context, as ``linear_q`` gathers the tokens.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: CrossAttentionSubmodules,
+        layer_number: int,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(
+            config,
+            submodules,
+            layer_number,
+            attn_mask_type=AttnMaskType.no_mask,
+            attention_type="cross",
+            cp_comm_type=cp_comm_type,
+            pg_collection=pg_collection,
+        )
+        self.linear_q = self._column_parallel(submodules.linear_q, self.query_projection_size)
+        self.linear_kv = self._column_parallel(submodules.linear_kv, 2 * self.kv_projection_size)
+
+    def _column_parallel(self, linear: Callable[..., torch.nn.Module], output_size: int) -> torch.nn.Module:
+        return linear(
+            self.config.hidden_size,
+            output_size,
+            config=self.config,
+            init_method=self.config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+        )
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        output_gate: bool = False,
+        split_qkv: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Project ``[S, N, hidden]`` and ``[C, N, hidden]``: query ``[S, N, H, D]``, key, value ``[C, N, G, D]``."""
+        assert key_value_states is not None, "the layer was called without a context"
+        assert split_qkv and not output_gate
+        channels = self.hidden_size_per_attention_head
+        query, _ = self.linear_q(hidden_states)
+        mixed, _ = self.linear_kv(key_value_states)
+        # a group's key and value stand side by side, so that any tensor-parallel size cuts between groups
+        key, value = mixed.unflatten(-1, (-1, 2, channels)).unbind(-2)
+        return query.unflatten(-1, (-1, channels)), key, value
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        key_value_states: Tensor,
+        inference_context: None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states: ``[S, N, hidden]``, split over the sequence under sequence parallelism.
+            attention_mask: ``[N, S, 2]`` int64: the range of the context that each token may see.
+            key_value_states: ``[C, N, hidden]``, split over the sequence under sequence parallelism.
+            inference_context: megatron-core's cache for self-attention, which is not for the context.
+
+        Returns:
+            ``[S, N, hidden]``, exactly zero for tokens that see nothing, and no bias.
+        """
+        return super().forward(hidden_states, attention_mask, key_value_states=key_value_states)
+
+
+class RangeAttention(SDPACoreAttention):
+    """Core attention in which each query sees one range of the keys, and one with an empty range gets zero.
+
+    On CUDA the ranges become FlexAttention's block mask: no mask of tokens by context is held, and blocks that nobody
+    sees cost nothing. Elsewhere each row has a mask of its tokens by its own context.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: ``[S, N, H, D]``.
+            key, value: ``[C, N, G, D]`` with H a multiple of G.
+            attention_mask: ``[N, S, 2]`` int64: half-open ranges of the keys.
+            attn_mask_type: no meaning here.
+            attention_bias, packed_seq_params: must be None.
+
+        Returns:
+            ``[S, N, H * D]``.
+        """
+        assert attention_bias is None and packed_seq_params is None
+        dropout = self.dropout if self.training else 0.0
+        if query.device.type == "cuda" and dropout == 0.0:
+            attended = self._attend_in_blocks(query, key, value, attention_mask)
+        else:
+            hidden = range_mask(attention_mask, key.shape[0])
+            attended = super().forward(query, key, value, hidden, attn_mask_type=AttnMaskType.no_mask)
+        sees_nothing = attention_mask[..., 0] >= attention_mask[..., 1]
+        return attended.masked_fill(sees_nothing.t().unsqueeze(-1), 0.0)
+
+    def _attend_in_blocks(self, query: Tensor, key: Tensor, value: Tensor, ranges: Tensor) -> Tensor:
+        attended = _compiled_flex_attention()(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            block_mask=_BLOCK_MASKS.get(ranges, key.shape[0]),
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return attended.permute(2, 0, 1, 3).flatten(2)
+
+
+def range_mask(ranges: Tensor, context_length: int) -> Tensor:
+    """Turn ranges into megatron-core's kind of mask.
+
+    Args:
+        ranges: ``[N, S, 2]`` int64.
+        context_length: C.
+
+    Returns:
+        ``[N, 1, S, C]`` bool, True where a token may not look. A token that sees nothing is let look at the first
+        position, because a softmax over nothing has no value; the caller takes its result away.
+    """
+    positions = torch.arange(context_length, device=ranges.device)
+    starts, stops = ranges[..., :1], ranges[..., 1:]
+    starts = starts.masked_fill(starts >= stops, 0)
+    stops = stops.clamp(min=1)
+    return ((positions < starts) | (positions >= stops)).unsqueeze(1)
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    """FlexAttention compiled; uncompiled it would hold all scores."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+class _BlockMasks:
+    """Keeps the newest block mask: all layers of a micro-batch ask for the same one."""
+
+    def __init__(self) -> None:
+        self._ranges: Tensor | None = None
+        self._mask: BlockMask | None = None
+
+    def get(self, ranges: Tensor, context_length: int) -> BlockMask:
+        """Return the block mask of ``[N, S, 2]`` ranges over a context of ``context_length``."""
+        if self._mask is None or self._ranges is not ranges:
+            self._ranges, self._mask = ranges, range_block_mask(ranges, context_length)
+        return self._mask
+
+
+_BLOCK_MASKS = _BlockMasks()
+
+
+def range_block_mask(ranges: Tensor, context_length: int) -> BlockMask:
+    """Turn ``[N, S, 2]`` ranges into FlexAttention's block mask (nothing is seen where a range is empty)."""
+    starts, stops = ranges.unbind(-1)
+
+    def sees(row: Tensor, head: Tensor, token: Tensor, position: Tensor) -> Tensor:
+        return (position >= starts[row, token]) & (position < stops[row, token])
+
+    return create_block_mask(
+        sees, B=ranges.shape[0], H=None, Q_LEN=ranges.shape[1], KV_LEN=context_length, device=ranges.device
+    )
+
+
+class GatedResidual(torch.nn.Module):
+    """Adds a branch to the residual stream times the tanh of a learned scalar that starts at zero.
+
+    Stands where megatron-core has its bias-dropout-add, and is called the same way.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gate = start_at(
+            torch.nn.Parameter(torch.zeros(1, dtype=config.params_dtype, device=current_device())), 0.0
+        )
+        self.gate.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        """Return what adds ``(branch, bias)`` to a residual: ``[S, N, hidden]`` each, bias None."""
+
+        def add(branch_and_bias: tuple[Tensor, None], residual: Tensor, dropout: float) -> Tensor:
+            branch, _ = branch_and_bias
+            return torch.addcmul(residual, F.dropout(branch, dropout, training), torch.tanh(self.gate))
+
+        return add

@@ -1,0 +1,43 @@
+"""Gated cross-attention fusion (NVLM-X, arXiv 2409.11402; Flamingo, arXiv 2204.14198): no image token is a token of text.
+
+The tags of the tiles stand in the text; each sees its own tile.
+"""
+
+from typing import Literal
+
+import pydantic
+
+from megavlm.batch import TileRoute
+from megavlm.config import Config
+
+
+class CrossAttentionConfig(Config):
+    """All tiles are read by gated cross-attention layers inside the decoder."""
+
+    kind: Literal["cross_attention"] = "cross_attention"
+    every_n_layers: pydantic.PositiveInt | None = None
+    """One decoder layer in so many has cross-attention. None: a tenth of the layers (at least every one), which gives
+    NVLM's: every 6 of 60 and every 8 of 80."""
+    first_layer: pydantic.NonNegativeInt = 0
+    """The first that has it, counted from 0 (Flamingo: 0; OpenFlamingo: every_n_layers - 1). NVLM does not say."""
+    text_sees: Literal["all_images", "last_image"] = "all_images"
+    """What a token that belongs to no tile sees: the tiles of all images before it in its sample, or of the last one
+    (Flamingo). NVLM does not say."""
+
+    @property
+    def tile_route(self) -> TileRoute:
+        """Every tile is in the context, its tag in the text."""
+        return TileRoute(context_tiles="all", context_tags="text", text_sees=self.text_sees)
+
+    def cross_attention_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Indices of the layers with cross-attention, of ``num_layers``.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.first_layer >= num_layers:
+            raise ValueError(
+                f"model.fusion.first_layer={self.first_layer}: the language model has {num_layers} layers, counted "
+                "from 0, so none would have cross-attention. Lower it."
+            )
+        return tuple(range(self.first_layer, num_layers, self.every_n_layers or max(1, num_layers // 10)))

@@ -1,0 +1,23 @@
+"""Hybrid fusion (NVLM-H, arXiv 2409.11402 section 4.4): thumbnail among the tokens, regular tiles by cross-attention."""
+
+from typing import Literal
+
+from megavlm.batch import TileRoute
+from megavlm.models.fusion.cross_attention import CrossAttentionConfig
+
+
+class HybridConfig(CrossAttentionConfig):
+    """The thumbnail (or the only tile of an image) goes through self-attention, the other tiles to cross-attention.
+
+    The thumbnail's image tokens see the tiles of their image, like the text behind them.
+    """
+
+    kind: Literal["hybrid"] = "hybrid"  # type: ignore[assignment]
+    tag_integration: Literal["concatenate", "add"] = "concatenate"
+    """How a regular tile's tag joins its features in the keys and values: as tokens before them (figure 3 of the paper)
+    or added to each of them (the mean of the tag's token embeddings)."""
+
+    @property
+    def tile_route(self) -> TileRoute:
+        """Regular tiles and their tags are in the context."""
+        return TileRoute(context_tiles="regular", context_tags=self.tag_integration, text_sees=self.text_sees)

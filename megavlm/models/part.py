@@ -1,0 +1,18 @@
+"""A model's parts: what a recipe trains or freezes, what is counted apart, what a checkpoint can lack as a whole."""
+
+PARTS = ("vision", "connector", "cross_attention", "language")
+
+_CROSS_ATTENTION_MODULES = frozenset({"pre_cross_attn_layernorm", "cross_attention", "cross_attn_bda"})
+
+
+def part_of(name: str) -> str:
+    """Return the part that a parameter belongs to.
+
+    Cross-attention lives inside the language model's layers, where megatron-core has its place, but is a part of its
+    own.
+
+    Args:
+        name: of a parameter of a :class:`megavlm.models.vlm.VLM`, or its checkpoint key.
+    """
+    words = name.split(".")
+    return "cross_attention" if _CROSS_ATTENTION_MODULES.intersection(words) else words[0]

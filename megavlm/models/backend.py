@@ -204,8 +204,6 @@ def layer_spec(
     *,
     mlp: ModuleSpec | None = None,
     residual: Any = get_bias_dropout_add,
-    cross_attention: ModuleSpec | None = None,
-    cross_residual: type[torch.nn.Module] | None = None,
 ) -> ModuleSpec:
     """One pre-norm transformer layer.
 
@@ -214,16 +212,7 @@ def layer_spec(
         self_attention: see :func:`attention_spec`.
         mlp: the feed-forward layer; :func:`mlp_spec` by default.
         residual: what adds a branch to the residual stream (a layer-scale module for some vision encoders).
-        cross_attention: stands between self-attention and feed-forward layer, behind a norm of its own; None: nothing.
-        cross_residual: what adds cross-attention to the residual stream.
     """
-    cross: dict[str, Any] = {}
-    if cross_attention is not None:
-        cross = {
-            "pre_cross_attn_layernorm": backend.norm,
-            "cross_attention": cross_attention,
-            "cross_attn_bda": cross_residual,
-        }
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -233,7 +222,6 @@ def layer_spec(
             pre_mlp_layernorm=backend.norm,
             mlp=mlp or mlp_spec(backend),
             mlp_bda=residual,
-            **cross,
         ),
     )
 

@@ -1,13 +1,14 @@
 """Gated cross-attention of tokens to the context of their row, as submodules of megatron-core's TransformerLayer.
 
-Order in a layer, as in NVLM (arXiv 2409.11402, figure 3): self-attention, gated cross-attention, feed-forward. The gate
-is Flamingo's (arXiv 2204.14198): tanh of a scalar that starts at zero, so a fresh layer changes nothing. Keys carry no
-positions.
+Order in a layer, as in NVLM (arXiv 2409.11402, figure 3): self-attention, gated cross-attention, feed-forward. The
+gate is Flamingo's (arXiv 2204.14198): tanh of a scalar that normally starts at zero, so that a fresh layer changes
+nothing. Keys carry no positions.
 
 Shape letters: S tokens, N rows, C tokens of a row's context, H heads (of this tensor-parallel rank), G key/value
 groups, D channels of a head.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -26,9 +27,15 @@ from megavlm.models.weights import start_at
 from megavlm.runtime import current_device
 
 
-def cross_attention_spec(backend: Backend) -> ModuleSpec:
-    """Cross-attention over the context, without bias."""
-    return ModuleSpec(
+def with_cross_attention(layer: ModuleSpec, backend: Backend, *, gate_init: float) -> ModuleSpec:
+    """Return a decoder layer's spec with gated cross-attention (and a norm of its own) before the feed-forward layer.
+
+    Args:
+        layer: of a megatron-core ``TransformerLayer``.
+        backend: where norm and linear layers come from.
+        gate_init: value of a fresh gate.
+    """
+    cross_attention = ModuleSpec(
         module=CrossAttention,
         submodules=CrossAttentionSubmodules(
             linear_q=backend.column_parallel_linear,  # type: ignore[arg-type]
@@ -37,6 +44,13 @@ def cross_attention_spec(backend: Backend) -> ModuleSpec:
             linear_proj=backend.row_parallel_linear,
         ),
     )
+    submodules = dataclasses.replace(
+        layer.submodules,
+        pre_cross_attn_layernorm=backend.norm,
+        cross_attention=cross_attention,
+        cross_attn_bda=ModuleSpec(module=GatedResidual, params={"gate_init": gate_init}),
+    )
+    return dataclasses.replace(layer, submodules=submodules)
 
 
 class CrossAttention(Attention):
@@ -87,7 +101,8 @@ class CrossAttention(Attention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Project ``[S, N, hidden]`` and ``[C, N, hidden]``: query ``[S, N, H, D]``, key, value ``[C, N, G, D]``."""
         assert key_value_states is not None, "the layer was called without a context"
-        assert split_qkv and not output_gate
+        assert split_qkv
+        assert not output_gate
         channels = self.hidden_size_per_attention_head
         query, _ = self.linear_q(hidden_states)
         mixed, _ = self.linear_kv(key_value_states)
@@ -146,7 +161,8 @@ class RangeAttention(SDPACoreAttention):
         Returns:
             ``[S, N, H * D]``.
         """
-        assert attention_bias is None and packed_seq_params is None
+        assert attention_bias is None
+        assert packed_seq_params is None
         dropout = self.dropout if self.training else 0.0
         if query.device.type == "cuda" and dropout == 0.0:
             attended = self._attend_in_blocks(query, key, value, attention_mask)
@@ -222,16 +238,15 @@ def range_block_mask(ranges: Tensor, context_length: int) -> BlockMask:
 
 
 class GatedResidual(torch.nn.Module):
-    """Adds a branch to the residual stream times the tanh of a learned scalar that starts at zero.
+    """Adds a branch to the residual stream times the tanh of a learned scalar.
 
     Stands where megatron-core has its bias-dropout-add, and is called the same way.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, gate_init: float) -> None:
         super().__init__()
-        self.gate = start_at(
-            torch.nn.Parameter(torch.zeros(1, dtype=config.params_dtype, device=current_device())), 0.0
-        )
+        gate = torch.full((1,), gate_init, dtype=config.params_dtype, device=current_device())
+        self.gate = start_at(torch.nn.Parameter(gate), gate_init)
         self.gate.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:

@@ -4,7 +4,7 @@ Shape letters: N rows, S tokens a row, H hidden width, V vocabulary, M tokens wh
 """
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pydantic
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from megavlm.config import Config
 from megavlm.models.backend import Backend, attention_spec, block_spec, layer_spec
-from megavlm.models.cross_attention import GatedResidual, cross_attention_spec
 from megavlm.models.weights import mark_padded
 
 
@@ -107,22 +106,10 @@ class LanguageConfig(Config):
         )
 
 
-def decoder_layer_specs(
-    config: LanguageConfig, backend: Backend, cross_attention_layers: Collection[int]
-) -> list[ModuleSpec]:
-    """One spec per decoder layer of the whole model, first to last.
-
-    Args:
-        config: shape of the decoder.
-        backend: where the layers come from.
-        cross_attention_layers: indices of the layers that also attend to the context.
-    """
-    attention = attention_spec(backend, AttnMaskType.causal)
-    plain = layer_spec(backend, attention)
-    crossed = layer_spec(
-        backend, attention, cross_attention=cross_attention_spec(backend), cross_residual=GatedResidual
-    )
-    return [crossed if layer in cross_attention_layers else plain for layer in range(config.num_layers)]
+def decoder_layer_specs(config: LanguageConfig, backend: Backend) -> list[ModuleSpec]:
+    """One spec per decoder layer of the whole model, first to last."""
+    layer = layer_spec(backend, attention_spec(backend, AttnMaskType.causal))
+    return [layer] * config.num_layers
 
 
 class LanguageModel(LanguageModule):

@@ -99,7 +99,7 @@ class VLM(MegatronModule):
         self.language = LanguageModel(
             config.language,
             transformer_config,
-            decoder_layer_specs(config.language, layers, config.cross_attention_layers),
+            config.fusion.extend(decoder_layer_specs(config.language, layers), layers),
             layers,
             vocab_size=model_vocab_size(config.language, vocab_size),
             pre_process=pre_process,

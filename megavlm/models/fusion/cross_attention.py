@@ -1,14 +1,17 @@
-"""Gated cross-attention fusion (NVLM-X, arXiv 2409.11402; Flamingo, arXiv 2204.14198): no image token is a token of text.
+"""Gated cross-attention fusion (NVLM-X, arXiv 2409.11402; Flamingo, arXiv 2204.14198).
 
-The tags of the tiles stand in the text; each sees its own tile.
+No image token stands in the text, only the tags of the tiles; each tag sees its own tile.
 """
 
 from typing import Literal
 
 import pydantic
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megavlm.batch import TileRoute
 from megavlm.config import Config
+from megavlm.models.backend import Backend
+from megavlm.models.cross_attention import with_cross_attention
 
 
 class CrossAttentionConfig(Config):
@@ -20,6 +23,9 @@ class CrossAttentionConfig(Config):
     NVLM's: every 6 of 60 and every 8 of 80."""
     first_layer: pydantic.NonNegativeInt = 0
     """The first that has it, counted from 0 (Flamingo: 0; OpenFlamingo: every_n_layers - 1). NVLM does not say."""
+    gate_init: float = 0.0
+    """Value of a fresh gate, before its tanh. 0 leaves the language model as it was. A model that starts from nothing
+    has nothing to keep and learns faster with an open gate (1)."""
     text_sees: Literal["all_images", "last_image"] = "all_images"
     """What a token that belongs to no tile sees: the tiles of all images before it in its sample, or of the last one
     (Flamingo). NVLM does not say."""
@@ -41,3 +47,11 @@ class CrossAttentionConfig(Config):
                 "from 0, so none would have cross-attention. Lower it."
             )
         return tuple(range(self.first_layer, num_layers, self.every_n_layers or max(1, num_layers // 10)))
+
+    def extend(self, layers: list[ModuleSpec], backend: Backend) -> list[ModuleSpec]:
+        """Return the specs of the decoder's layers, the chosen ones with gated cross-attention."""
+        chosen = self.cross_attention_layers(len(layers))
+        return [
+            with_cross_attention(layer, backend, gate_init=self.gate_init) if number in chosen else layer
+            for number, layer in enumerate(layers)
+        ]

@@ -2,8 +2,11 @@
 
 from typing import Literal
 
+from megatron.core.transformer.spec_utils import ModuleSpec
+
 from megavlm.batch import ALL_AMONG_TOKENS, TileRoute
 from megavlm.config import Config
+from megavlm.models.backend import Backend
 
 
 class DecoderOnlyConfig(Config):
@@ -19,3 +22,7 @@ class DecoderOnlyConfig(Config):
     def cross_attention_layers(self, num_layers: int) -> tuple[int, ...]:
         """Indices of the layers with cross-attention: none."""
         return ()
+
+    def extend(self, layers: list[ModuleSpec], backend: Backend) -> list[ModuleSpec]:
+        """Return the specs of the decoder's layers: as they are."""
+        return layers

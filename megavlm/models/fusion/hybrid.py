@@ -1,4 +1,4 @@
-"""Hybrid fusion (NVLM-H, arXiv 2409.11402 section 4.4): thumbnail among the tokens, regular tiles by cross-attention."""
+"""Hybrid fusion (NVLM-H, arXiv 2409.11402 section 4.4): thumbnail in self-attention, other tiles in cross-attention."""
 
 from typing import Literal
 

@@ -1,0 +1,213 @@
+"""Counts the floating-point operations of a training step from shapes alone, part by part.
+
+Only matrix products count, 2 m n k each; norms, activations, softmax, rotary positions and the optimizer are left out.
+Attention counts in full, causal and packed rows too (half and more of their scores are masked), as
+``torch.utils.flop_counter`` does, so that numbers compare with other stacks'. What the model computes whatever the
+batch holds counts: padded rows of the vocabulary, and what stands in for missing images and trained tokens.
+
+The backward pass counts the gradients that a trained weight asks for, and nothing else: not what recomputation or a
+fused kernel computes a second time, and not what is computed and used by nothing (layers before the first trained
+weight, which run because pipeline stages pass a gradient on; the gradient that megatron-core's trained linear layers
+compute of every input). The whole model counts, however it is split over ranks; heads that a layout adds do not.
+"""
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from megavlm.batch import Batch
+from megavlm.models.connectors import AnyConnectorConfig
+from megavlm.models.language import LanguageConfig
+from megavlm.models.part import PARTS
+from megavlm.models.vision import AnyVisionConfig
+from megavlm.models.vlm import VLMConfig, model_vocab_size
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations per part: ``vision``, ``connector``, ``cross_attention``, ``language``.
+
+    A part that does nothing has no entry, and reads as 0.
+    """
+
+    forward: Counter[str]
+    """Of the forward pass."""
+    backward: Counter[str]
+    """Of the backward pass: gradients of trained weights, and of everything between them and the loss."""
+
+    @property
+    def per_part(self) -> Counter[str]:
+        """Both passes together."""
+        return self.forward + self.backward
+
+    @property
+    def total(self) -> int:
+        """Both passes of all parts."""
+        return self.forward.total() + self.backward.total()
+
+    def __add__(self, other: "Flops") -> "Flops":
+        """Both together: the micro-batches of a step."""
+        return Flops(self.forward + other.forward, self.backward + other.backward)
+
+
+def count_flops(model: VLMConfig, batch: Batch, *, vocab_size: int, trainable: Collection[str]) -> Flops:
+    """Count the operations of the forward and the backward pass of one micro-batch.
+
+    Args:
+        model: the whole model.
+        batch: the micro-batch; only its shapes, its trained tokens and the places of its tiles matter. On a GPU this
+            waits for it; count before the batch goes there.
+        vocab_size: tokens of the tokenizer, image token included.
+        trainable: parts (of ``megavlm.models.part.PARTS``) whose weights train. With none there is no backward pass.
+
+    Raises:
+        ValueError: ``trainable`` names no part of a model, the batch was made for another fusion, or the tokenizer has
+            more tokens than the model's vocabulary.
+    """
+    _check(model, batch, trainable)
+    walk = _Walk(trainable)
+    features = _walk_features(walk, model, batch)
+    # Embeddings are looked up: no product. A blank tile's features are added to them.
+    joins_tokens = batch.tiles.shape[0] == 0 or bool((batch.tile_context == 0).any())
+    hidden_states = walk.trains("language") or (features and joins_tokens)
+    context = _context_needs(walk, model, batch, features)
+    crossed = model.cross_attention_layers
+    for layer in range(model.language.num_layers):
+        hidden_states = _walk_self_attention(walk, model.language, batch, hidden_states)
+        if layer in crossed:
+            hidden_states = _walk_cross_attention(walk, model.language, batch, hidden_states, context)
+        hidden_states = _walk_feed_forward(walk, model.language, batch, hidden_states)
+    divisor = model.language.make_vocab_size_divisible_by
+    padded_vocab_size = -(-model_vocab_size(model.language, vocab_size) // divisor) * divisor
+    num_trained = max(1, int(batch.loss_mask.count_nonzero()))  # as LanguageModel.token_losses
+    walk.linear("language", num_trained, model.language.hidden_size, padded_vocab_size, hidden_states)
+    return Flops(+walk.forward, +walk.backward)
+
+
+def _check(model: VLMConfig, batch: Batch, trainable: Collection[str]) -> None:
+    unknown = [part for part in trainable if part not in PARTS]
+    if unknown:
+        raise ValueError(f"trainable={list(trainable)}: has no part {unknown[0]!r}. Choose from {', '.join(PARTS)}.")
+    if model.fusion.tile_route.uses_context != (batch.context_length > 0):
+        raise ValueError(
+            f"batch.context_length={batch.context_length}: the model has {len(model.cross_attention_layers)} layers "
+            "with cross-attention. Make batches by the model's tile_route."
+        )
+
+
+class _Walk:
+    """Goes through the model as the data does and adds up.
+
+    What it hands from product to product is a bool: whether the tensor's gradient is needed, which is whether a
+    trained weight came before.
+    """
+
+    def __init__(self, trainable: Collection[str]) -> None:
+        self.trainable = frozenset(trainable)
+        self.forward: Counter[str] = Counter()
+        self.backward: Counter[str] = Counter()
+
+    def trains(self, *parts: str) -> bool:
+        """Whether any of the parts trains."""
+        return not self.trainable.isdisjoint(parts)
+
+    def linear(self, part: str, num_vectors: int, input_size: int, output_size: int, needs_input: bool) -> bool:
+        """A weight matrix: one product forward, one for each gradient. Return whether the output needs a gradient."""
+        product = 2 * num_vectors * input_size * output_size
+        self.forward[part] += product
+        self.backward[part] += product * (self.trains(part) + needs_input)
+        return self.trains(part) or needs_input
+
+    def attention(self, part: str, num_scores: int, width: int, needs_query: bool, needs_key_value: bool) -> bool:
+        """Scores and weighted values of all heads (``width`` channels together). Return as :meth:`linear`."""
+        product = 2 * num_scores * width
+        self.forward[part] += 2 * product
+        needs_scores = needs_query or needs_key_value
+        # gradients of the scores, the queries, the keys and the values
+        self.backward[part] += product * (needs_scores + needs_query + 2 * needs_key_value)
+        return needs_scores
+
+
+def _walk_features(walk: _Walk, model: VLMConfig, batch: Batch) -> bool:
+    """Tiles through vision encoder and connector. A text-only batch sends a blank one through the parts that train."""
+    num_tiles = batch.tiles.shape[0]
+    if num_tiles == 0 and not walk.trains("vision", "connector"):
+        return False
+    features = False
+    if num_tiles > 0 or walk.trains("vision"):
+        features = _walk_vision(walk, model.vision, max(1, num_tiles))
+    return _walk_connector(walk, model, max(1, num_tiles), features)
+
+
+def _walk_vision(walk: _Walk, config: AnyVisionConfig, num_tiles: int) -> bool:
+    num_patches = (config.image_size // config.patch_size) ** 2
+    num_positions = num_patches + 1  # the class token goes through the layers even where its feature is dropped
+    width = config.hidden_size
+    walk.linear("vision", num_tiles * num_patches, 3 * config.patch_size**2, width, needs_input=False)
+    num_vectors, needs = num_tiles * num_positions, walk.trains("vision")
+    for _ in range(config.num_layers_built):
+        walk.linear("vision", num_vectors, width, 3 * width, needs)
+        walk.attention("vision", num_tiles * num_positions**2, width, needs, needs)
+        walk.linear("vision", num_vectors, width, width, needs)
+        walk.linear("vision", num_vectors, width, config.ffn_hidden_size, needs)
+        walk.linear("vision", num_vectors, config.ffn_hidden_size, width, needs)
+    return needs
+
+
+def _walk_connector(walk: _Walk, model: VLMConfig, num_tiles: int, features: bool) -> bool:
+    config: AnyConnectorConfig = model.connector
+    num_tokens = config.tokens_per_tile(model.vision.num_patches)
+    input_size = model.vision.hidden_size * model.vision.num_patches // num_tokens  # of shuffled patches
+    output_size = model.language.hidden_size
+    num_vectors = num_tiles * num_tokens
+    needs = features or (config.layernorm and walk.trains("connector"))
+    if config.num_layers == 1:
+        return walk.linear("connector", num_vectors, input_size, output_size, needs)
+    inner_size = config.ffn_hidden_size or output_size
+    inner = walk.linear("connector", num_vectors, input_size, inner_size, needs)
+    return walk.linear("connector", num_vectors, inner_size, output_size, inner)
+
+
+def _context_needs(walk: _Walk, model: VLMConfig, batch: Batch, features: bool) -> bool:
+    """Whether the keys and values of cross-attention come from a trained weight: features and embeddings of tags."""
+    has_tags = model.fusion.tile_route.context_tags != "text"
+    return bool((batch.tile_context != 0).any()) and (features or (has_tags and walk.trains("language")))
+
+
+def _walk_self_attention(walk: _Walk, config: LanguageConfig, batch: Batch, hidden_states: bool) -> bool:
+    num_rows, row_length = batch.tokens.shape
+    num_vectors, width = num_rows * row_length, config.hidden_size
+    query_width, key_value_width = _head_widths(config)
+    needs = hidden_states or walk.trains("language")  # from the norm on
+    walk.linear("language", num_vectors, width, query_width + key_value_width, needs)
+    walk.attention("language", num_rows * row_length**2, query_width, needs, needs)
+    return walk.linear("language", num_vectors, query_width, width, needs)
+
+
+def _walk_cross_attention(
+    walk: _Walk, config: LanguageConfig, batch: Batch, hidden_states: bool, context: bool
+) -> bool:
+    num_rows, row_length = batch.tokens.shape
+    num_vectors, num_context_vectors = num_rows * row_length, num_rows * batch.context_length
+    width = config.hidden_size
+    query_width, key_value_width = _head_widths(config)
+    normed = hidden_states or walk.trains("cross_attention")  # the context has no norm
+    query = walk.linear("cross_attention", num_vectors, width, query_width, normed)
+    key_value = walk.linear("cross_attention", num_context_vectors, width, key_value_width, context)
+    attended = walk.attention("cross_attention", num_vectors * batch.context_length, query_width, query, key_value)
+    branch = walk.linear("cross_attention", num_vectors, query_width, width, attended)
+    return hidden_states or branch
+
+
+def _walk_feed_forward(walk: _Walk, config: LanguageConfig, batch: Batch, hidden_states: bool) -> bool:
+    num_vectors, width = batch.tokens.numel(), config.hidden_size
+    needs = hidden_states or walk.trains("language")
+    walk.linear("language", num_vectors, width, 2 * config.ffn_hidden_size, needs)  # gate and value of SwiGLU
+    return walk.linear("language", num_vectors, config.ffn_hidden_size, width, needs)
+
+
+def _head_widths(config: LanguageConfig) -> tuple[int, int]:
+    """Channels of all query heads, and of all keys and values together."""
+    channels = config.kv_channels or config.hidden_size // config.num_attention_heads
+    num_groups = config.num_query_groups or config.num_attention_heads
+    return channels * config.num_attention_heads, 2 * channels * num_groups

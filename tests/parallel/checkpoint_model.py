@@ -60,18 +60,21 @@ class TextModel(MegatronModule):
             vp_stage=stage.vp_stage,
         )
 
+    received: Any = None
+
     def set_input_tensor(self, input_tensor: Any) -> None:
-        self.language.set_input_tensor(input_tensor)
+        self.received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         return self.language.shared_embedding_or_output_weight()
 
     def forward(self, batch: Batch) -> Tensor:
-        hidden_states = None
+        hidden_states = self.received
         if self.pre_process:
             hidden_states = self.language.embed(batch.tokens, batch.position_ids)
             if torch.is_grad_enabled() and not hidden_states.requires_grad:
                 hidden_states.requires_grad_()
+            hidden_states = self.language.split_over_sequence(hidden_states)
         hidden_states = self.language(hidden_states, batch.position_ids, None)
         if not self.post_process:
             return hidden_states

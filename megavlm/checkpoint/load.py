@@ -21,6 +21,7 @@ from megavlm.checkpoint.pickles import METADATA_NAME, check_objects, read_metada
 from megavlm.checkpoint.rng import reseed_from, restore_rng
 from megavlm.checkpoint.writer import EXTRA_NAME, rng_name
 from megavlm.engines import MegatronEngine
+from megavlm.models.part import part_of
 from megavlm.runtime.log import LOGGER, warn_once
 
 
@@ -47,6 +48,7 @@ def load_checkpoint(
     with_optimizer: bool,
     verify: bool = True,
     allow_missing: Sequence[str] = (),
+    allow_missing_parts: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
 ) -> Loaded:
     """Load a checkpoint into the engine's model, and to resume a run also its optimizer and random numbers. Collective.
@@ -59,13 +61,17 @@ def load_checkpoint(
         verify: compare every file with the manifest first. False saves reading everything twice, and is the only way
             to load checkpoints of other programs, which have no manifest.
         allow_missing: how keys begin that the checkpoint need not hold (``("connector.",)``). Weights only.
+        allow_missing_parts: parts of the model (``megavlm.models.part.PARTS``) of which the checkpoint need not hold
+            anything; of part of a part it must hold all. Weights only.
         allow_unexpected: how keys begin that the model need not have. Weights only.
 
     Raises:
         ValueError: there is no checkpoint, it is damaged or not to be trusted, or does not fit. One sentence that names
             the file or the key and says what to do; the same on every rank.
     """
-    assert not (with_optimizer and (allow_missing or allow_unexpected)), "a run resumes whole or not at all"
+    assert not (with_optimizer and (allow_missing or allow_missing_parts or allow_unexpected)), (
+        "a run resumes whole or not at all"
+    )
     folder = from_rank_0(f"looking for checkpoints in {path}", lambda: _find(path))
     if verify:
         _verify(folder)
@@ -77,7 +83,15 @@ def load_checkpoint(
         )
     state = engine.sharded_state_dict(with_optimizer=with_optimizer, is_loading=True)
     mismatch = match.compare(state, metadata, info, folder)
-    match.check_allowed(mismatch, folder, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
+    absent = match.absent_parts(metadata)
+    match.check_allowed(
+        mismatch,
+        folder,
+        allow_missing=lambda key: (
+            key.startswith(tuple(allow_missing)) or part_of(key) in absent.intersection(allow_missing_parts)
+        ),
+        allow_unexpected=lambda key: key.startswith(tuple(allow_unexpected)),
+    )
     _say_mismatch(mismatch, folder)
     _load_tensors(folder, engine, match.without_missing(state, metadata), with_optimizer=with_optimizer)
     if with_optimizer:

@@ -1,6 +1,6 @@
 """Compares what a model asks for with what a checkpoint holds, before anything is loaded."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
 
 from megavlm.checkpoint.agreement import gather
 from megavlm.checkpoint.layout import CheckpointInfo, sharded_leaves, unpadded_shapes
+from megavlm.models.part import PARTS, part_of
 
 _NUM_SHOWN = 5
 
@@ -69,6 +70,11 @@ def has_optimizer(metadata: Metadata) -> bool:
     return any(is_of_optimizer(key) for key in metadata.state_dict_metadata)
 
 
+def absent_parts(metadata: Metadata) -> set[str]:
+    """Parts of a model of which a checkpoint holds nothing."""
+    return set(PARTS) - {part_of(key) for key in metadata.state_dict_metadata if not is_of_optimizer(key)}
+
+
 def without_missing(state: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
     """Return the sharded state dict without the parts that the checkpoint does not hold."""
 
@@ -81,20 +87,24 @@ def without_missing(state: dict[str, Any], metadata: Metadata) -> dict[str, Any]
 
 
 def check_allowed(
-    mismatch: Mismatch, folder: Path, *, allow_missing: Sequence[str], allow_unexpected: Sequence[str]
+    mismatch: Mismatch,
+    folder: Path,
+    *,
+    allow_missing: Callable[[str], bool],
+    allow_unexpected: Callable[[str], bool],
 ) -> None:
     """Refuse a mismatch that is not allowed.
 
     Args:
         mismatch: what :func:`compare` found.
         folder: the checkpoint, for errors.
-        allow_missing, allow_unexpected: how allowed keys begin.
+        allow_missing, allow_unexpected: whether a key may be.
 
     Raises:
         ValueError: says how many keys are missing and unexpected, and which come first.
     """
-    missing = [key for key in mismatch.missing if not key.startswith(tuple(allow_missing))]
-    unexpected = [key for key in mismatch.unexpected if not key.startswith(tuple(allow_unexpected))]
+    missing = [key for key in mismatch.missing if not allow_missing(key)]
+    unexpected = [key for key in mismatch.unexpected if not allow_unexpected(key)]
     parts = []
     if missing:
         parts.append(f"{len(missing)} keys of the model are not in it ({shown(missing)})")

@@ -193,7 +193,7 @@ def range_mask(ranges: Tensor, context_length: int) -> Tensor:
 
     Returns:
         ``[N, 1, S, C]`` bool, True where a token may not look. A token that sees nothing is let look at the first
-        position, because a softmax over nothing has no value; the caller takes its result away.
+        positions, because a softmax over nothing has no value; the caller takes its result away.
     """
     positions = torch.arange(context_length, device=ranges.device)
     starts, stops = ranges[..., :1], ranges[..., 1:]

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from megavlm.build import Parts, build_parts
-from megavlm.checkpoint import AsyncSaver, RunFolder, find_checkpoint, load_checkpoint, save_checkpoint
+from megavlm.checkpoint import AsyncSaver, Loaded, RunFolder, find_checkpoint, load_checkpoint, save_checkpoint
 from megavlm.config import dump_recipe, save_recipe
 from megavlm.data import Dataset, DatasetConfig, Loader
 from megavlm.engines.feed import Feed, is_reader
@@ -134,9 +134,29 @@ def _prepare_model(parts: Parts, folder: RunFolder) -> Position:
         return Position(loaded.iteration, loaded.extra["consumed_samples"])
     if recipe.checkpoint.pretrained_checkpoint is not None:
         source = recipe.checkpoint.pretrained_checkpoint
-        load_checkpoint(source, engine, with_optimizer=False, verify=recipe.checkpoint.verify)
+        loaded = load_checkpoint(
+            source,
+            engine,
+            with_optimizer=False,
+            verify=recipe.checkpoint.verify,
+            allow_missing_parts=["cross_attention"],
+        )
+        _check_gates_can_open(recipe, loaded)
         LOGGER.info("starting from the weights of %s", source)
     return Position()
+
+
+def _check_gates_can_open(recipe: Recipe, loaded: Loaded) -> None:
+    """A model may be given cross-attention for the first time, but then must train it.
+
+    Raises:
+        ValueError: fresh cross-attention would stay as it is.
+    """
+    if loaded.missing and "cross_attention" not in recipe.training.trainable:
+        raise ValueError(
+            f"training.trainable={recipe.training.trainable}: {loaded.path} holds no cross-attention, so the gates "
+            "of this model start closed and would stay closed. Add cross_attention."
+        )
 
 
 def _run_steps(run: _Run, stop: StopRequest) -> None:

@@ -15,6 +15,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from megavlm import __version__
+from megavlm.benchmark.child import RunError
+from megavlm.benchmark.compare import compare
+from megavlm.benchmark.speed import measure_speed, print_speed, write_speed
 from megavlm.build import build_parts, build_processor, check_run
 from megavlm.checkpoint import RunFolder, load_checkpoint
 from megavlm.config import dump_recipe, load_recipe
@@ -81,7 +84,34 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = _add_verb(verbs, "plan", _plan, "count a recipe's parameters, without memory for them")
     _add_recipe(verb)
+
+    _add_bench(_add_verb(verbs, "bench", None, "time a recipe, or compare variants of recipes"))
     return parser
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    verbs = bench.add_subparsers(dest="bench_verb", required=True, metavar="WHAT")
+
+    verb = _add_verb(verbs, "speed", _bench_speed, "time some training steps of a recipe; save nothing")
+    verb.set_defaults(verb="bench speed")
+    _add_recipe(verb)
+    _add_ranks(verb)
+    verb.add_argument("--steps", type=int, default=5, help="steps that are timed")
+    verb.add_argument("--warmup-steps", type=int, default=2, help="steps before them")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+
+    verb = _add_verb(verbs, "compare", _bench_compare, "train, evaluate and time variants of recipes, in one table")
+    verb.set_defaults(verb="bench compare")
+    verb.add_argument("file", type=Path, help="the comparison: stages, variants, seeds, save (YAML)")
+    verb.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="model.*, data.*, training.* and other parts of a recipe: for every stage of every variant, above the "
+        "variant's own; save, seeds, speed.rounds and other keys of the comparison: for the comparison",
+    )
+    _add_ranks(verb)
+    verb.add_argument("--quiet", action="store_true", help="send the runs' output to output.txt in their folders")
 
 
 def _add_verb(verbs: argparse._SubParsersAction, name: str, run: object, text: str) -> argparse.ArgumentParser:
@@ -145,6 +175,33 @@ def _eval(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides, Recipe)
     print_parameters(count_recipe_parameters(recipe))
+
+
+def _bench_speed(options: argparse.Namespace) -> None:
+    for name, value, least in (("steps", options.steps, 1), ("warmup-steps", options.warmup_steps, 0)):
+        if value < least:
+            raise ValueError(f"--{name}={value}: must be at least {least}.")
+    recipe = load_recipe(options.recipe, options.overrides, Recipe)
+    if _must_start_ranks(options):
+        _start_ranks(recipe, options.nproc_per_node)
+        return
+    with process(timeout_minutes=recipe.engine.distributed_timeout_minutes) as me:
+        start_log(me.rank)
+        speed = measure_speed(recipe, me, num_steps=options.steps, num_warmup_steps=options.warmup_steps)
+        if me.rank == 0:
+            print_speed(speed)
+            if options.json is not None:
+                write_speed(speed, options.json)
+
+
+def _bench_compare(options: argparse.Namespace) -> None:
+    if options.nproc_per_node < 1:
+        raise ValueError(f"--nproc-per-node={options.nproc_per_node}: must be at least 1.")
+    try:
+        compare(options.file, options.overrides, num_ranks=options.nproc_per_node, is_quiet=options.quiet)
+    except RunError as error:
+        print(f"megavlm {options.verb}: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def _make_run_folder(path: Path) -> None:

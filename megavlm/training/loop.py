@@ -70,9 +70,9 @@ def train(recipe: Recipe, process: Process) -> None:
         return
     steps = validation = None
     if train_data is not None:
-        steps = iter(_build_loader(parts, train_data, endless=True, consumed_samples=position.consumed_samples))
+        steps = iter(build_loader(parts, train_data, endless=True, consumed_samples=position.consumed_samples))
     if valid_data is not None:
-        validation = _build_loader(parts, valid_data, endless=False)
+        validation = build_loader(parts, valid_data, endless=False)
     LOGGER.info("ready after %.1f s", time.perf_counter() - started)
     is_writer = process.rank == 0
     with (
@@ -97,7 +97,7 @@ def _open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
     return open_one(recipe.data.train), open_one(recipe.data.valid) if recipe.data.valid else None
 
 
-def _build_loader(parts: Parts, dataset: Dataset, *, endless: bool, consumed_samples: int = 0) -> Loader:
+def build_loader(parts: Parts, dataset: Dataset, *, endless: bool, consumed_samples: int = 0) -> Loader:
     recipe, engine = parts.recipe, parts.engine
     return Loader(
         dataset,

@@ -15,6 +15,7 @@ LAYERS: list[set[str]] = [
     {"build"},
     {"checkpoint", "convert", "inference"},
     {"training", "evaluation", "planning"},
+    {"benchmark"},
     {"cli"},
     {"__main__"},
 ]

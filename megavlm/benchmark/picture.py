@@ -1,0 +1,111 @@
+"""Draws a comparison: loss curves, exact match, speed."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+
+from megavlm.benchmark.comparison import Chain
+from megavlm.benchmark.results import Results
+from megavlm.training.report import METRICS_FILE, read_metrics
+
+matplotlib.use("Agg")  # no screen on a cluster
+
+_POINTS = 40
+"""A curve is smoothed over this fraction of its steps."""
+
+
+def draw_comparison(path: Path, chains: Sequence[Chain], results: Results) -> None:
+    """Draw what there is: the stages' losses one behind the other, exact match and samples/s of each variant.
+
+    Args:
+        path: the PNG to write.
+        chains: all runs; those without metrics are left out.
+        results: what is finished.
+    """
+    colors = {variant: f"C{number % 10}" for number, variant in enumerate(results.variants)}
+    trained = [chain for chain in chains if (chain.stages[0].folder / METRICS_FILE).exists()]
+    panels = [bool(trained), bool(results.runs), bool(results.rounds)]
+    if not any(panels):
+        return
+    widths = [width for width, is_drawn in zip((2.2, 1.0, 1.0), panels, strict=True) if is_drawn]
+    size = (1.0 + 3.6 * sum(widths), 4.6)
+    figure, row = plt.subplots(1, len(widths), figsize=size, width_ratios=widths, squeeze=False, layout="constrained")
+    axes = iter(row.flat)
+    if trained:
+        _draw_losses(next(axes), trained, colors)
+    if results.runs:
+        scores = {variant: [run.exact_match for run in results.of(variant)] for variant in results.variants}
+        panel = next(axes)
+        _draw_bars(panel, scores, colors, "exact match (mean; dots: seeds)", statistics.fmean)
+        panel.set_ylim(0, 1)
+        panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if results.rounds:
+        speeds = {v: results.speeds(v, lambda speed: speed.samples_per_second) for v in results.variants}
+        _draw_bars(next(axes), speeds, colors, "samples/s (median; dots: rounds)", statistics.median)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Mean of each value and those just before it, over one part in 40 of the curve."""
+    width = len(values) // _POINTS
+    return [statistics.fmean(values[max(0, at - width) : at + 1]) for at in range(len(values))]
+
+
+def _draw_losses(axes: Axes, chains: Sequence[Chain], colors: Mapping[str, str]) -> None:
+    named = set()
+    lowest = float("inf")
+    for chain in chains:
+        start = 0
+        for stage in chain.stages:
+            points = read_metrics(stage.folder) if (stage.folder / METRICS_FILE).exists() else []
+            curve = [(start + point["iteration"], point["lm loss"]) for point in points if point.get("trained tokens")]
+            if curve:
+                steps, losses = zip(*curve, strict=True)
+                label = None if chain.variant in named else chain.variant
+                axes.plot(steps, smooth(losses), color=colors[chain.variant], label=label, linewidth=1.2, alpha=0.8)
+                named.add(chain.variant)
+                lowest = min(lowest, *losses)
+            start += stage.recipe.training.train_iters
+    start = 0
+    for stage in chains[0].stages:
+        if start:
+            axes.axvline(start, color="gray", linewidth=0.8, linestyle=":")
+        middle = start + stage.recipe.training.train_iters / 2
+        above = axes.get_xaxis_transform()
+        axes.text(middle, 1.01, stage.name, transform=above, color="gray", fontsize=9, horizontalalignment="center")
+        start += stage.recipe.training.train_iters
+    axes.set(xlabel="step", ylabel="loss of trained tokens (nats), smoothed")
+    if 0.0 < lowest < float("inf"):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # 0.2, not 2 x 10^-1
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    if named:
+        axes.legend(loc="upper right")
+
+
+def _draw_bars(
+    axes: Axes,
+    values: Mapping[str, Sequence[float]],
+    colors: Mapping[str, str],
+    title: str,
+    summary: Callable[[Sequence[float]], float],
+) -> None:
+    for place, (variant, single) in enumerate(values.items()):
+        if not single:
+            continue
+        axes.bar(place, summary(single), color=colors[variant], alpha=0.6, width=0.7)
+        spread = [place + 0.08 * (number - (len(single) - 1) / 2) for number in range(len(single))]
+        axes.plot(spread, single, "o", color="black", markersize=4, alpha=0.8)
+    axes.set_xticks(range(len(values)), list(values), rotation=30 if max(map(len, values)) > 8 else 0)
+    axes.set_xlim(-0.6, len(values) - 0.4)
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3, axis="y")

@@ -1,0 +1,80 @@
+"""The table, the files and the picture of made-up runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from made_up import finish, leave_checkpoint, leave_round, plan, write_comparison
+from PIL import Image
+
+from megavlm.benchmark.picture import draw_comparison, smooth
+from megavlm.benchmark.results import collect_results, markdown, print_results, write_results
+
+
+def test_results_of_made_up_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    comparison, chains = plan(write_comparison(tmp_path))
+    for chain, score in zip(chains, (0.5, 0.25, 0.75, 0.5), strict=True):
+        finish(chain, score)
+    leave_round(comparison, chains, 1, [10.0, 5.0])
+    leave_round(comparison, chains, 2, [2.0, 3.0])  # a round on a busy machine: slow for both
+    results = collect_results(comparison, chains)
+    assert results.ratios("none") == [0.5, 1.5]
+
+    titles, *cells = results.table()
+    rows = [dict(zip(titles, row, strict=True)) for row in cells]
+    assert rows[0]["variant"] == "tags"
+    assert rows[0]["exact match"] == "62.5% (50.0, 75.0)"
+    assert rows[0]["ratio"] == "1"
+    assert rows[1]["exact match"] == "37.5% (25.0, 50.0)"
+    assert rows[1]["blank images"] == "12.5%"
+    assert rows[1]["samples/s"] == "4.00"
+    assert rows[1]["ratio"] == "1.00 (0.50-1.50)"  # of the medians it would be 0.67
+    assert rows[1]["tokens/s"] == "400"
+    assert rows[1]["GFLOP a sample"] == "2.500"
+    assert rows[1]["peak MiB"] == "600"
+
+    write_results(tmp_path, results)
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert [(run["variant"], run["seed"]) for run in content["runs"]] == [
+        (chain.variant, chain.seed) for chain in chains
+    ]
+    last = content["runs"][3]
+    assert (last["exact_match"], last["blank_images"], last["most_frequent_answer"]) == (0.5, 0.125, 0.25)
+    assert (last["validation_loss"], last["by_num_tiles"]["3"]) == (0.5, [1.0, 6])
+    assert content["speed"]["none"]["ratio"] == [0.5, 1.5]
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert len({line.count("|") for line in lines[:4]}) == 1
+    assert "seed 1, 2" in lines[-1]
+    assert "2 round(s) of 3 steps on 1 rank(s)" in lines[-1]
+    print_results(results)
+    assert "samples/s" in capsys.readouterr().out
+
+    draw_comparison(tmp_path / "compare.png", chains, results)
+    assert Image.open(tmp_path / "compare.png").width > 1000
+
+
+def test_only_finished_runs_and_complete_rounds_count(tmp_path: Path) -> None:
+    comparison, chains = plan(write_comparison(tmp_path))
+    finish(chains[1], 0.25)
+    leave_checkpoint(chains[0], 0, 6)
+    leave_checkpoint(chains[0], 1, 4)
+    results = collect_results(comparison, chains)
+    assert [(run.variant, run.seed) for run in results.runs] == [("none", 1)]
+    assert results.rounds == []
+    assert results.table() == [["variant", "exact match", "blank images"], ["tags", "", ""], ["none", "25.0%", "12.5%"]]
+    draw_comparison(tmp_path / "compare.png", chains, results)
+    assert (tmp_path / "compare.png").exists()
+
+
+def test_nothing_is_finished_yet(tmp_path: Path) -> None:
+    comparison, chains = plan(write_comparison(tmp_path))
+    results = collect_results(comparison, chains)
+    assert "Nothing is finished yet." in markdown(results)
+    draw_comparison(tmp_path / "compare.png", chains, results)
+    assert not (tmp_path / "compare.png").exists()
+
+
+def test_smoothing_keeps_a_short_curve_and_levels_a_long_one() -> None:
+    assert smooth([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]
+    zigzag = [float(step % 2) for step in range(400)]
+    assert all(0.4 < value < 0.6 for value in smooth(zigzag)[20:])

@@ -98,6 +98,7 @@ def _open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
 
 
 def build_loader(parts: Parts, dataset: Dataset, *, endless: bool, consumed_samples: int = 0) -> Loader:
+    """Make the loader of training data (endless) or of one pass over validation data, as the recipe says."""
     recipe, engine = parts.recipe, parts.engine
     return Loader(
         dataset,

@@ -1,6 +1,7 @@
 """Batches: rows, padding, packed samples and rows of nothing."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,8 +12,17 @@ from megavlm.data import Sample, collate, pack
 SKIPPED = SkippedSample("rows.jsonl:3", "over_length", "too long")
 
 
-def sample(num_tokens: int, tiles_per_image: tuple[int, ...] = (), fill: int = 7) -> Sample:
-    """Tokens ``fill * 100 + position``, of which the last two are trained; every token sees all of the tiles."""
+def sample(
+    num_tokens: int,
+    tiles_per_image: tuple[int, ...] = (),
+    fill: int = 7,
+    tile_context: Sequence[int] | None = None,
+    tile_tags: Sequence[Sequence[int]] = (),
+) -> Sample:
+    """Tokens ``fill * 100 + position``, of which the last two are trained; every token sees all of the tiles.
+
+    ``tile_context`` and ``tile_tags`` have one entry for each tile (not given: no tile is in the context, no tags).
+    """
     tokens = torch.arange(num_tokens) + fill * 100
     loss_mask = torch.zeros(num_tokens)
     loss_mask[-3:-1] = 1
@@ -24,8 +34,8 @@ def sample(num_tokens: int, tiles_per_image: tuple[int, ...] = (), fill: int = 7
         loss_mask=loss_mask,
         visible_tiles=torch.tensor([[0, num_tiles]] * num_tokens),
         tile_spans=torch.zeros(num_tiles, 2, dtype=torch.int64),
-        tile_context=torch.zeros(num_tiles, dtype=torch.int64),
-        tile_tags=torch.zeros(num_tiles, 0, dtype=torch.int64),
+        tile_context=torch.tensor(tile_context or [0] * num_tiles, dtype=torch.int64),
+        tile_tags=torch.tensor(tile_tags, dtype=torch.int64).reshape(num_tiles, len(tile_tags[0]) if tile_tags else 0),
         tiles=torch.full((num_tiles, 3, 4, 4), fill, dtype=torch.uint8),
         tiles_per_image=torch.tensor(tiles_per_image, dtype=torch.int64),
         tokens_per_image=(),
@@ -136,3 +146,64 @@ def test_packed_and_unpacked_hold_the_same_samples() -> None:
 def test_no_row_is_refused() -> None:
     with pytest.raises(ValueError, match="rows=0: a batch needs at least one row"):
         collate([], pad_id=0, tile_size=4)
+
+
+def test_tiles_know_their_row_and_their_room_in_its_context() -> None:
+    samples = [
+        sample(4, (2,), 1, tile_context=(5, 0), tile_tags=([6], [-1])),
+        sample(3, (), 2),
+        sample(4, (1, 2), 3, tile_context=(0, 6, 7), tile_tags=([-1, -1, -1], [6, 7, -1], [6, 7, 8])),
+    ]
+    batch = collate(samples, pad_id=9, tile_size=4, uses_context=True)
+    assert batch.tile_rows.tolist() == [0, 0, 2, 2, 2]
+    assert batch.tile_context.tolist() == [5, 0, 0, 6, 7]
+    assert batch.tile_tags.tolist() == [[6, -1, -1], [-1] * 3, [-1] * 3, [6, 7, -1], [6, 7, 8]]
+    assert batch.context_length == 6 + 7
+    assert batch.context_spans().tolist() == [[0, 5], [5, 5], [0, 0], [0, 6], [6, 13]]
+    assert batch.visible_context()[:, 0].tolist() == [[0, 5], [0, 0], [0, 13]]
+
+
+def test_packed_samples_share_the_context_of_their_row() -> None:
+    rows = [
+        [sample(3, (2,), 1, tile_context=(4, 2)), SKIPPED, sample(2), sample(3, (1,), 2, tile_context=(3,))],
+        [None],
+        [sample(3, (1,), 3, tile_context=(1,))],
+    ]
+    batch = pack(rows, pad_id=9, tile_size=4, pad_multiple=4, uses_context=True)
+    assert batch.tile_rows.tolist() == [0, 0, 0, 2]
+    assert batch.context_length == 12  # 4 + 2 + 3, rounded up
+    assert batch.context_spans().tolist() == [[0, 4], [4, 6], [6, 9], [0, 1]]
+    assert batch.visible_context().tolist() == [
+        [[0, 6]] * 3 + [[0, 0]] * 2 + [[6, 9]] * 3,
+        [[0, 0]] * 8,
+        [[0, 1]] * 3 + [[0, 0]] * 5,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("longest", "pad_multiple", "length"),
+    [(5, 1, 5), (5, 5, 5), (5, 4, 8), (8, 4, 8), (3, 100, 100), (0, 1, 1), (0, 4, 4)],
+)
+def test_contexts_are_rounded_up_and_never_empty(longest: int, pad_multiple: int, length: int) -> None:
+    samples = [sample(3, (1,), tile_context=(min(longest, 2),)), sample(3, (1,), tile_context=(longest,))]
+    batch = collate(samples, pad_id=9, tile_size=4, pad_multiple=pad_multiple, uses_context=True)
+    assert batch.context_length == length
+
+
+@pytest.mark.parametrize("nothing", [SKIPPED, None, sample(5)])
+@pytest.mark.parametrize(("uses_context", "context_length"), [(True, 4), (False, 0)])
+def test_a_batch_without_images_has_a_context_where_the_model_has_one(
+    nothing: Sample | SkippedSample | None, uses_context: bool, context_length: int
+) -> None:
+    batch = collate([nothing, nothing], pad_id=9, tile_size=4, pad_multiple=4, uses_context=uses_context)
+    assert batch.context_length == context_length
+    assert (batch.tile_rows.shape, batch.tile_context.shape, batch.tile_tags.shape) == ((0,), (0,), (0, 0))
+    assert batch.visible_context().tolist() == [[[0, 0]] * batch.tokens.shape[1]] * 2
+
+
+def test_text_beside_images_leaves_the_tags_as_they_are() -> None:
+    """A sample without tiles has no tags to fill up."""
+    samples = [sample(3), sample(3, (2,), tile_context=(1, 1), tile_tags=([5, -1], [5, 6])), SKIPPED]
+    batch = collate(samples, pad_id=9, tile_size=4, uses_context=True)
+    assert batch.tile_tags.tolist() == [[5, -1], [5, 6]]
+    assert batch.tile_rows.tolist() == [1, 1]

@@ -1,5 +1,7 @@
 """Token ids, masks, spans and visible tiles of small chats, written out by hand in the byte tokenizer."""
 
+from typing import Literal
+
 import pytest
 import torch
 from small_data import IMAGE, byte_ids
@@ -181,3 +183,90 @@ def test_the_number_of_images_must_be_right(byte_tokenizer: Tokenizer) -> None:
     runs = encode_segments([Segment(PICTURE, False)], byte_tokenizer, "nvlm")
     with pytest.raises(ValueError, match=r"images=2: the rendered conversation has 1 image slot"):
         expand(runs, [tagged("a"), tagged("b")], IMAGE)
+
+
+def in_context(tag: str, tokens_per_tile: int = 4) -> TileTokens:
+    """A regular tile of NVLM-H: nothing in the text, its tag before its features in the context."""
+    tag_ids = tuple(byte_ids(tag))
+    return TileTokens((), 0, tokens_per_tile + len(tag_ids), tag_ids)
+
+
+LETTERS = {letter: byte_ids(letter)[0] for letter in "abcdpqtxy"}
+A, B, C, D, P, Q, T, X, Y = LETTERS.values()
+
+
+def letters_around(*images: ImageTokens) -> list[TokenRun | ImageSlot]:
+    """Runs "ab", image, "c", image, "d" ... of trained text."""
+    runs: list[TokenRun | ImageSlot] = [TokenRun((A, B), True)]
+    for letter, _ in zip((C, D), images, strict=False):
+        runs += [ImageSlot(), TokenRun((letter,), True)]
+    return runs
+
+
+@pytest.mark.parametrize(("text_sees", "behind_second"), [("all_images", [0, 3]), ("last_image", [2, 3])])
+def test_tiles_that_cross_attention_reads(
+    text_sees: Literal["all_images", "last_image"], behind_second: list[int]
+) -> None:
+    """NVLM-X: two tiles with tags, then a tile without, which leaves nothing in the text."""
+    first = ImageTokens((TileTokens((X,), 0, 4), TileTokens((Y, Y), 0, 4)))
+    images = [first, ImageTokens((TileTokens((), 0, 4),))]
+    runs = letters_around(*images)
+    expansion = expand(runs, images, IMAGE, text_sees)
+    assert expansion.tokens.tolist() == [A, B, X, Y, Y, C, D]
+    assert expansion.visible_tiles.tolist() == [[0, 0], [0, 0], [0, 1], [1, 2], [1, 2], [0, 2], behind_second]
+    # "b" does not predict the tag; the tag's last token predicts "c", and "c" the text behind an image without tokens.
+    assert expansion.loss_mask.tolist() == [1, 0, 0, 0, 1, 1, 0]
+    assert expansion.labels.tolist() == [B, 0, 0, 0, C, D, 0]
+    assert expansion.tile_context.tolist() == [4, 4, 4]
+    assert expansion.tile_tags.tolist() == [[], [], []]
+    assert expansion.tile_spans.tolist() == [[3, 3], [5, 5], [6, 6]]
+    assert expansion.tokens_per_image == (3, 0)
+    assert count_tokens(runs, images) == 7
+
+
+@pytest.mark.parametrize(("text_sees", "behind_second"), [("all_images", [0, 4]), ("last_image", [3, 4])])
+def test_a_thumbnail_in_the_text_and_tiles_in_the_context(
+    text_sees: Literal["all_images", "last_image"], behind_second: list[int]
+) -> None:
+    """NVLM-H: two regular tiles with tags of one and two tokens and a thumbnail, then an image of a single tile."""
+    whole = TileTokens((T,), 2)
+    images = [ImageTokens((in_context("p"), in_context("qq"), whole)), ImageTokens((whole,))]
+    assert [image.uses_context for image in images] == [True, False]
+    runs = letters_around(*images)
+    expansion = expand(runs, images, IMAGE, text_sees)
+    assert expansion.tokens.tolist() == [A, B, T, IMAGE, IMAGE, C, T, IMAGE, IMAGE, D]
+    assert expansion.visible_tiles.tolist() == [
+        *([[0, 0]] * 2),
+        [2, 3],  # the thumbnail's tag
+        *([[0, 3]] * 2),  # its image tokens see the tiles of their image
+        [0, 3],
+        *([[3, 4]] * 3),  # the single tile, which is not in the context
+        behind_second,
+    ]
+    assert expansion.loss_mask.tolist() == [1, 0, 0, 0, 1, 0, 0, 0, 1, 0]
+    assert expansion.tile_context.tolist() == [4 + 1, 4 + 2, 0, 0]
+    assert expansion.tile_tags.tolist() == [[P, -1], [Q, Q], [-1, -1], [-1, -1]]
+    assert expansion.tile_spans.tolist() == [[2, 2], [2, 2], [3, 5], [7, 9]]
+    assert expansion.tokens_per_image == (3, 3)
+    assert count_tokens(runs, images) == 10
+
+
+def test_the_thumbnail_of_a_later_image_sees_the_tiles_of_its_own_only() -> None:
+    image = ImageTokens((in_context("p"), TileTokens((T,), 1)))
+    expansion = expand(letters_around(image, image), [image, image], IMAGE)
+    assert expansion.tokens.tolist() == [A, B, T, IMAGE, C, T, IMAGE, D]
+    assert expansion.visible_tiles.tolist() == [
+        *([[0, 0]] * 2),
+        *([1, 2], [0, 2]),
+        [0, 2],
+        *([3, 4], [2, 4]),
+        [0, 4],
+    ]
+    assert expansion.tile_tags.tolist() == [[P], [-1], [P], [-1]]
+
+
+def test_text_alone_has_no_context() -> None:
+    expansion = expand(letters_around(), [], IMAGE)
+    assert (expansion.tile_context.shape, expansion.tile_tags.shape) == ((0,), (0, 0))
+    assert (expansion.tile_context.dtype, expansion.tile_tags.dtype) == (torch.int64, torch.int64)
+    assert expansion.visible_tiles.tolist() == [[0, 0], [0, 0]]

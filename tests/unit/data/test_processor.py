@@ -187,10 +187,11 @@ def test_tags_of_different_lengths(bpe_folder: Path, make_processor: MakeProcess
     tokenizer = SentencePieceTokenizerConfig(path=sentencepiece_file).build()
     processor = make_processor(tokenizer, tile_tags="2d_box")
     tokens = processor.image_tokens(TileLayout(3, 1, True), (1234, 56))
-    lengths = [len(ids) for ids in tokens.tag_ids]
+    tag_ids = [list(tile.tag_ids) for tile in tokens.tiles]
+    lengths = [len(ids) for ids in tag_ids]
     assert len(set(lengths)) > 1
     assert tokens.num_tokens == sum(lengths) + 4 * TOKENS_PER_TILE
-    assert [tokenizer.decode(list(ids)) for ids in tokens.tag_ids][1] == "<box> (411, 0), (822, 56) </box>"
+    assert tokenizer.decode(tag_ids[1]) == "<box> (411, 0), (822, 56) </box>"
 
 
 def test_a_template_that_the_tokenizer_cannot_write(make_processor: MakeProcessor) -> None:

@@ -18,7 +18,7 @@ def lay_out_context(features: Tensor, tags: Tensor | None, batch: Batch, *, adds
         tags: ``[G, T, H]`` embeddings of ``batch.tile_tags`` of those tiles (anything behind a tag's end); None: the
             context holds no tags.
         batch: says where each tile goes.
-        adds_tags: the mean of a tag's embeddings is added to its tile's features; otherwise the tag stands before them.
+        adds_tags: the sum of a tag's embeddings is added to its tile's features; otherwise the tag stands before them.
 
     Returns:
         ``[C, N, H]``, zero where a row has no tile.
@@ -36,7 +36,7 @@ def lay_out_context(features: Tensor, tags: Tensor | None, batch: Batch, *, adds
     is_tag = batch.tile_tags[chosen] >= 0
     num_before = torch.zeros_like(starts)
     if tags is not None and adds_tags:
-        features = features + _means(tags, is_tag).unsqueeze(1)
+        features = features + (tags * is_tag.t().unsqueeze(-1)).sum(0).unsqueeze(1)
     elif tags is not None:
         num_before = is_tag.sum(1)
     _check_room(stops - starts, num_before + num_features, num_features)
@@ -47,12 +47,6 @@ def lay_out_context(features: Tensor, tags: Tensor | None, batch: Batch, *, adds
         places = starts.unsqueeze(1) + torch.arange(is_tag.shape[1], device=starts.device)
         flat = flat.index_copy(0, (places * num_rows + rows)[is_tag], tags.transpose(0, 1)[is_tag].to(flat.dtype))
     return flat.view(batch.context_length, num_rows, width)
-
-
-def _means(tags: Tensor, is_tag: Tensor) -> Tensor:
-    """Mean embedding of each tag: ``[G, T, H]``, ``[T, G]`` -> ``[T, H]``; zero for an empty one."""
-    counted = is_tag.t().unsqueeze(-1)
-    return (tags * counted).sum(0) / counted.sum(0).clamp(min=1)
 
 
 def _check_room(room: Tensor, needed: Tensor, num_features: int) -> None:

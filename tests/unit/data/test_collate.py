@@ -164,7 +164,7 @@ def test_tiles_know_their_row_and_their_room_in_its_context() -> None:
 
 
 def test_packed_samples_share_the_context_of_their_row() -> None:
-    rows = [
+    rows: list[list[Sample | SkippedSample | None]] = [
         [sample(3, (2,), 1, tile_context=(4, 2)), SKIPPED, sample(2), sample(3, (1,), 2, tile_context=(3,))],
         [None],
         [sample(3, (1,), 3, tile_context=(1,))],
@@ -203,7 +203,11 @@ def test_a_batch_without_images_has_a_context_where_the_model_has_one(
 
 def test_text_beside_images_leaves_the_tags_as_they_are() -> None:
     """A sample without tiles has no tags to fill up."""
-    samples = [sample(3), sample(3, (2,), tile_context=(1, 1), tile_tags=([5, -1], [5, 6])), SKIPPED]
+    samples: list[Sample | SkippedSample] = [
+        sample(3),
+        sample(3, (2,), tile_context=(1, 1), tile_tags=([5, -1], [5, 6])),
+        SKIPPED,
+    ]
     batch = collate(samples, pad_id=9, tile_size=4, uses_context=True)
     assert batch.tile_tags.tolist() == [[5, -1], [5, 6]]
     assert batch.tile_rows.tolist() == [1, 1]

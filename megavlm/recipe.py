@@ -111,7 +111,6 @@ class Recipe(Config):
         starts_closed = has_cross_attention and self.checkpoint.pretrained_checkpoint is None
         if starts_closed and "cross_attention" not in trainable:
             raise ValueError(
-                f"training.trainable={trainable}: the gates of model.fusion.kind={kind} start at zero and would stay "
-                "there, so no tile would be seen. Add cross_attention, or start from trained weights "
-                "(checkpoint.pretrained_checkpoint)."
+                f"training.trainable={trainable}: the cross-attention of model.fusion.kind={kind} starts untrained and "
+                "would stay so. Add cross_attention, or start from trained weights (checkpoint.pretrained_checkpoint)."
             )

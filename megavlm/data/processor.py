@@ -183,7 +183,7 @@ class SampleProcessor:
                 num_image_tokens = sum(image.tokens.num_tokens for image in images)
                 message = (
                     f"{length} tokens ({length - num_image_tokens} of text, {num_image_tokens} of {len(images)} "
-                    f"image(s) at their fewest tiles) do not fit data.seq_length={limit}."
+                    f"image(s), which cannot take fewer) do not fit data.seq_length={limit}."
                 )
                 raise SampleError(SkippedSample(key, "over_length", message))
 

@@ -209,7 +209,7 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 
 class _BlockMasks:
-    """Keeps the newest block mask: all layers of a micro-batch ask for the same one."""
+    """Keeps the newest block mask: all layers of a micro-batch ask for the same one, in recomputation too."""
 
     def __init__(self) -> None:
         self._ranges: Tensor | None = None
@@ -217,7 +217,10 @@ class _BlockMasks:
 
     def get(self, ranges: Tensor, context_length: int) -> BlockMask:
         """Return the block mask of ``[N, S, 2]`` ranges over a context of ``context_length``."""
-        if self._mask is None or self._ranges is not ranges:
+        kept = self._ranges
+        # recomputation passes another view of the same memory, which is not used anew while this one is kept
+        is_kept = kept is not None and kept.data_ptr() == ranges.data_ptr() and kept.shape == ranges.shape
+        if self._mask is None or not is_kept:
             self._ranges, self._mask = ranges, range_block_mask(ranges, context_length)
         return self._mask
 

@@ -142,12 +142,12 @@ def _prepare_model(parts: Parts, folder: RunFolder) -> Position:
             verify=recipe.checkpoint.verify,
             allow_missing_parts=["cross_attention"],
         )
-        _check_gates_can_open(recipe, loaded)
+        _check_cross_attention_trains(recipe, loaded)
         LOGGER.info("starting from the weights of %s", source)
     return Position()
 
 
-def _check_gates_can_open(recipe: Recipe, loaded: Loaded) -> None:
+def _check_cross_attention_trains(recipe: Recipe, loaded: Loaded) -> None:
     """A model may be given cross-attention for the first time, but then must train it.
 
     Raises:
@@ -155,8 +155,8 @@ def _check_gates_can_open(recipe: Recipe, loaded: Loaded) -> None:
     """
     if loaded.missing and "cross_attention" not in recipe.training.trainable:
         raise ValueError(
-            f"training.trainable={recipe.training.trainable}: {loaded.path} holds no cross-attention, so the gates "
-            "of this model start closed and would stay closed. Add cross_attention."
+            f"training.trainable={recipe.training.trainable}: {loaded.path} holds no cross-attention, so that of this "
+            "model starts untrained and would stay so. Add cross_attention."
         )
 
 

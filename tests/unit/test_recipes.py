@@ -233,7 +233,7 @@ def row_of_table(recipe: Recipe) -> tuple[object, ...]:
     [
         (
             ["training.trainable=[connector]"],
-            r"training\.trainable=\['connector'\]: the gates of model\.fusion\.kind=\w+ start at zero",
+            r"training\.trainable=\['connector'\]: the cross-attention of model\.fusion\.kind=\w+ starts untrained",
         ),
         (["model.fusion.first_layer=80"], r"model\.fusion\.first_layer=80: the language model has 80 layers, counted"),
         (["model.fusion.every_n_layers=0"], r"model\.fusion\.every_n_layers=0: .*greater than 0"),
@@ -249,7 +249,7 @@ def test_wrong_cross_attention_is_named(kind: str, overrides: list[str], message
 def test_cross_attention_may_stay_as_it_was_trained() -> None:
     path, language_only = EXAMPLES / "nvlm/nvlm_x_72b_sft.yaml", "training.trainable=[language]"
     assert load(path, language_only).training.trainable == ["language"]
-    with pytest.raises(ValueError, match=r"training\.trainable=\['language'\]: the gates of"):
+    with pytest.raises(ValueError, match=r"training\.trainable=\['language'\]: the cross-attention of"):
         load(path, language_only, "checkpoint.pretrained_checkpoint=null")
 
 

@@ -125,7 +125,7 @@ def test_what_cannot_fit_is_skipped_with_its_numbers(
     skipped = caught.value.skipped
     assert (skipped.key, skipped.reason) == ("rows.jsonl:9", "over_length")
     assert skipped.message == (
-        "70 tokens (45 of text, 25 of 1 image(s) at their fewest tiles) do not fit data.seq_length=69."
+        "70 tokens (45 of text, 25 of 1 image(s), which cannot take fewer) do not fit data.seq_length=69."
     )
     with pytest.raises(SampleError, match=r"over_length: 1025 tokens .1025 of text, 0 of 0 image"):
         make_processor(seq_length=1000)("k", conversation(question="x" * 1000))

@@ -24,7 +24,7 @@ from megavlm.config import dump_recipe, load_recipe
 from megavlm.evaluation.exact_match import evaluate, write_results
 from megavlm.evaluation.picture import draw_samples
 from megavlm.evaluation.table import print_answers, print_score
-from megavlm.planning.parameters import count_recipe_parameters, print_parameters
+from megavlm.planning.table import print_plan
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER, quiet_third_parties, start_log
 from megavlm.runtime.process import process
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--max-new-tokens", type=int, default=32, help="most tokens of an answer")
     verb.add_argument("--show", type=int, default=8, help="questions to print")
 
-    verb = _add_verb(verbs, "plan", _plan, "count a recipe's parameters, without memory for them")
+    verb = _add_verb(verbs, "plan", _plan, "count a recipe's parameters and operations, without memory for them")
     _add_recipe(verb)
 
     _add_bench(_add_verb(verbs, "bench", None, "time a recipe, or compare variants of recipes"))
@@ -174,7 +174,7 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides, Recipe)
-    print_parameters(count_recipe_parameters(recipe))
+    print_plan(recipe)
 
 
 def _bench_speed(options: argparse.Namespace) -> None:

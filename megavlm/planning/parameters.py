@@ -3,8 +3,6 @@
 from collections import Counter
 
 from megatron.core import parallel_state
-from rich.console import Console
-from rich.table import Table
 
 from megavlm.engines import MegatronEngineConfig
 from megavlm.models.part import PARTS
@@ -30,12 +28,3 @@ def count_recipe_parameters(recipe: Recipe) -> Counter[str]:
         model = VLM(recipe.model, settings, vocab_size=vocab_size, image_token_id=vocab_size - 1)
         counts = count_parameters([model])
     return Counter({part: counts[part] for part in PARTS if counts[part]})
-
-
-def print_parameters(counts: Counter[str]) -> None:
-    """Print parameters per part and their sum."""
-    table = Table("part", "parameters", title="Parameters")
-    for name, count in counts.items():
-        table.add_row(name, f"{count:,}")
-    table.add_row("all", f"{counts.total():,}")
-    Console().print(table)

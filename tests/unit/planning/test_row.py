@@ -1,0 +1,48 @@
+"""The full row of a recipe, and what the plan prints of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megavlm.config import load_recipe
+from megavlm.planning.row import full_row
+from megavlm.planning.table import print_plan
+from megavlm.recipe import Recipe
+
+NVLM = Path(__file__).parents[3] / "examples/nvlm"
+
+# 256 tokens a tile, six tiles and a thumbnail, sequence lengths of Table 11
+ROWS = {"d": (3200, 0, 7 * 256), "x": (1024, 7 * 256, 0), "h": (1280, 6 * 256, 256)}
+
+
+@pytest.mark.parametrize("architecture", ROWS)
+def test_full_row_of_the_paper(architecture: str) -> None:
+    recipe = load_recipe(NVLM / f"nvlm_{architecture}_34b_sft.yaml", [], Recipe)
+    row = full_row(recipe)
+    length, context_length, num_image_tokens = ROWS[architecture]
+    assert row.tokens.shape == (1, length)
+    assert row.context_length == context_length
+    assert row.tiles.shape == (7, 3, 448, 448)
+    assert int(row.loss_mask.sum()) == length - num_image_tokens
+    assert int(row.tile_context.sum()) == context_length
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_tiles"), [(["data.tiling.max_tiles=1"], 1), (["data.tiling.kind=whole"], 1)]
+)
+def test_a_single_tile_has_no_thumbnail(overrides: list[str], num_tiles: int) -> None:
+    row = full_row(load_recipe(NVLM / "nvlm_h_34b_sft.yaml", overrides, Recipe))
+    assert row.tiles.shape[0] == num_tiles
+    assert row.context_length == 1, "all is among the tokens, and the context is one token of padding"
+
+
+def test_the_plan_names_parts_sizes_and_what_trains(capsys: Any) -> None:
+    print_plan(load_recipe(NVLM / "nvlm_x_72b_pretrain.yaml", [], Recipe))
+    printed = capsys.readouterr().out
+    lines = {line.split("│")[1].strip(): line for line in printed.splitlines() if line.startswith("│")}
+    assert list(lines) == ["vision", "connector", "cross_attention", "language", "all"]
+    assert "72,706,203,648" in lines["language"]
+    assert "no" in lines["language"]
+    assert "yes" in lines["cross_attention"]
+    assert "512 tokens and 256 of context, 1 tiles" in " ".join(printed.split())

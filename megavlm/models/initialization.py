@@ -24,14 +24,14 @@ def initialize_weights(chunks: Sequence[MegatronModule], seed: int) -> None:
     square root of twice its depth, as in GPT-2 and Megatron-LM), biases zero, norms and scales at their constants.
     Each tensor is drawn whole, in float32 on the CPU, by a generator of its own.
     """
-    parts = {name: part.config for chunk in chunks for name, part in chunk.named_children()}
+    parts = {name: part for chunk in chunks for name, part in chunk.named_children()}
 
     def draw(slot: WeightSlot) -> Tensor:
         if slot.constant is not None:
             return torch.full(slot.shape, slot.constant)
         if slot.key.endswith(".bias"):
             return torch.zeros(slot.shape)
-        part = parts[slot.key.split(".", 1)[0]]
+        part = parts[slot.key.split(".", 1)[0]].config
         std = part.init_method_std
         if slot.key.endswith(_RESIDUAL_WRITERS) and ".layers." in slot.key:
             std /= math.sqrt(2 * part.num_layers)

@@ -2,14 +2,16 @@
 
 PARTS = ("vision", "connector", "cross_attention", "language")
 
-_CROSS_ATTENTION_MODULES = frozenset({"pre_cross_attn_layernorm", "cross_attention", "cross_attn_bda"})
+_CROSS_ATTENTION_MODULES = frozenset(
+    {"context_layernorm", "pre_cross_attn_layernorm", "cross_attention", "cross_attn_bda"}
+)
 
 
 def part_of(name: str) -> str:
     """Return the part that a parameter belongs to.
 
-    Cross-attention lives inside the language model's layers, where megatron-core has its place, but is a part of its
-    own.
+    Cross-attention lives mostly inside the language model's layers, where megatron-core has its place, but is a part of
+    its own.
 
     Args:
         name: of a parameter of a :class:`megavlm.models.vlm.VLM`, or its checkpoint key.

@@ -5,6 +5,7 @@ hidden width. Under sequence parallelism, tensors between stages hold a tensor-p
 """
 
 import contextlib
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from megavlm.batch import Batch
 from megavlm.config import Config
 from megavlm.models.backend import BACKENDS
 from megavlm.models.connectors import AnyConnectorConfig
-from megavlm.models.fusion import AnyFusionConfig, fill_placeholders, lay_out_context
+from megavlm.models.fusion import AnyFusionConfig, fill_placeholders, lay_out_context, sum_tags
 from megavlm.models.language import LanguageConfig, LanguageModel, decoder_layer_specs
 from megavlm.models.vision import AnyVisionConfig
 
@@ -96,6 +97,13 @@ class VLM(MegatronModule):
             self.connector = config.connector.build(
                 config.vision.hidden_size, config.language.hidden_size, megatron_settings, layers
             )
+            if self.route.uses_context:
+                # every rank normalises the whole context, so the gradient of the weight is whole on each
+                whole_config = copy.copy(transformer_config)
+                whole_config.sequence_parallel = False
+                self.context_layernorm = layers.norm(
+                    config=whole_config, hidden_size=config.language.hidden_size, eps=config.language.layernorm_epsilon
+                )
         self.language = LanguageModel(
             config.language,
             transformer_config,
@@ -175,18 +183,24 @@ class VLM(MegatronModule):
         else:
             among_tokens = batch.tile_context == 0
             embeddings = fill_placeholders(embeddings, features[among_tokens], batch.tokens, self.image_token_id)
-            context = self._lay_out_context(features[~among_tokens], batch)
-            context = self.language.split_over_sequence(context.to(embeddings.dtype))
+            context = self._lay_out_context(features[~among_tokens].to(embeddings.dtype), batch)
+            context = self.language.split_over_sequence(context)
         if torch.is_grad_enabled() and not embeddings.requires_grad:
             embeddings.requires_grad_()  # a stage without trained parameters still has to pass a gradient on
         return self.language.split_over_sequence(embeddings), context
 
     def _lay_out_context(self, features: Tensor, batch: Batch) -> Tensor:
-        tags = None
-        if self.route.context_tags != "text":
-            ids = batch.tile_tags[batch.tile_context != 0]
-            tags = self.language.embed(ids.clamp(min=0), torch.zeros_like(ids))
-        return lay_out_context(features, tags, batch, adds_tags=self.route.context_tags == "add")
+        """Features of the context's tiles -> ``[C, N, H]`` with their tags, normalised."""
+        if self.route.context_tags == "text":
+            return self.context_layernorm(lay_out_context(features, None, batch))
+        ids = batch.tile_tags[batch.tile_context != 0]
+        tags = self.language.embed(ids.clamp(min=0), torch.zeros_like(ids))
+        if self.route.context_tags == "concatenate":
+            return self.context_layernorm(lay_out_context(features, tags, batch))
+        # projected features are many times larger than word embeddings, so each is normalised by itself
+        summed = sum_tags(tags, batch).unsqueeze(1).expand_as(features)
+        normed = [self.context_layernorm(lay_out_context(part, None, batch)) for part in (features, summed)]
+        return normed[0] + normed[1]
 
     def _encode_tiles(self, tiles: Tensor) -> Tensor:
         """``[T, 3, H, W]`` -> ``[T, P, D]``; a frozen encoder keeps no activations."""

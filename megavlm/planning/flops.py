@@ -169,9 +169,10 @@ def _walk_connector(walk: _Walk, model: VLMConfig, num_tiles: int, features: boo
 
 
 def _context_needs(walk: _Walk, model: VLMConfig, batch: Batch, features: bool) -> bool:
-    """Whether the keys and values of cross-attention come from a trained weight: features and embeddings of tags."""
+    """Whether keys and values come from a trained weight: the context's norm, features, embeddings of tags."""
     has_tags = model.fusion.tile_route.context_tags != "text"
-    return bool((batch.tile_context != 0).any()) and (features or (has_tags and walk.trains("language")))
+    has_tiles = bool((batch.tile_context != 0).any())
+    return walk.trains("cross_attention") or (has_tiles and (features or (has_tags and walk.trains("language"))))
 
 
 def _walk_self_attention(walk: _Walk, config: LanguageConfig, batch: Batch, hidden_states: bool) -> bool:
@@ -191,7 +192,7 @@ def _walk_cross_attention(
     num_vectors, num_context_vectors = num_rows * row_length, num_rows * batch.context_length
     width = config.hidden_size
     query_width, key_value_width = _head_widths(config)
-    normed = hidden_states or walk.trains("cross_attention")  # the context has no norm
+    normed = hidden_states or walk.trains("cross_attention")  # from the norm on
     query = walk.linear("cross_attention", num_vectors, width, query_width, normed)
     key_value = walk.linear("cross_attention", num_context_vectors, width, key_value_width, context)
     attended = walk.attention("cross_attention", num_vectors * batch.context_length, query_width, query, key_value)

@@ -148,7 +148,7 @@ def test_nvlm_x_and_h_are_nvlm_d_with_cross_attention(size: str, stage: str) -> 
         assert counts[kind]["connector"] == connectors[kind] + 2 * SHUFFLED  # and its LayerNorm
         if kind != "d":
             assert recipe.model.cross_attention_layers == layers
-            assert counts[kind]["cross_attention"] == 10 * shape.cross_attention
+            assert counts[kind]["cross_attention"] == 10 * shape.cross_attention + shape.hidden_size
     # the paper's figure for the one layer of NVLM-X
     assert round(connectors["x"] / 1e6, 1) == {"72b": 104.9, "34b": 91.8}[size]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import pydantic
 
-from megavlm.models.fusion.context import lay_out_context
+from megavlm.models.fusion.context import lay_out_context, sum_tags
 from megavlm.models.fusion.cross_attention import CrossAttentionConfig
 from megavlm.models.fusion.decoder_only import DecoderOnlyConfig
 from megavlm.models.fusion.hybrid import HybridConfig
@@ -24,4 +24,4 @@ AnyFusionConfig = Annotated[
     DecoderOnlyConfig | CrossAttentionConfig | HybridConfig, pydantic.Field(discriminator="kind")
 ]
 
-__all__ = ["FUSIONS", "AnyFusionConfig", "fill_placeholders", "lay_out_context"]
+__all__ = ["FUSIONS", "AnyFusionConfig", "fill_placeholders", "lay_out_context", "sum_tags"]

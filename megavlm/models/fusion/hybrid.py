@@ -15,8 +15,8 @@ class HybridConfig(CrossAttentionConfig):
     kind: Literal["hybrid"] = "hybrid"  # type: ignore[assignment]
     tag_integration: Literal["concatenate", "add"] = "concatenate"
     """How a regular tile's tag joins its features in the keys and values: as tokens before them (figure 3 of the paper)
-    or added to each of them (the sum of the tag's token embeddings). Cross-attention has no positions, so only the
-    latter says which features are the tile's."""
+    or added to each of them (the normalised sum of the tag's token embeddings). Cross-attention has no positions, so
+    only the latter says which features are the tile's."""
 
     @property
     def tile_route(self) -> TileRoute:

@@ -15,11 +15,16 @@ DOCUMENTS = [
     *sorted((REPOSITORY / "examples").rglob("README.md")),
 ]
 
+TWO_STEPS = ["training.train_iters=2", "training.optimizer.lr_warmup_iters=1", "training.eval_interval=null"]
+ONE_ROUND = "speed={rounds: 1, steps: 1, warmup_steps: 0}"
 # `make train` in small: the same commands with fewer rows and steps.
 SMALL = {
     "examples/quickstart/build_data.py": ["--num-stage1", "40", "--num-stage2", "40", "--num-valid", "6"],
     "train": ["training.train_iters=3", "training.optimizer.lr_warmup_iters=1", "training.eval_interval=null"],
     "eval": ["--max-new-tokens", "2"],
+    "examples/nvlm/compare.yaml": [*TWO_STEPS, "speed=null"],
+    "examples/nvlm/compare_speed.yaml": [ONE_ROUND, "training.global_batch_size=2"],
+    "examples/nvlm/tile_tags.yaml": ["train=false", ONE_ROUND],
 }
 
 
@@ -48,7 +53,7 @@ def run(workplace: Path, arguments: list[str]) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=200,
+        timeout=300,
         env=command_environment(),
         cwd=workplace,
         check=False,
@@ -83,6 +88,7 @@ def test_make_train_in_small(workplace: Path) -> None:
         assert (stage2 / name).exists(), name
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("line", commands())
 def test_documented_command(workplace: Path, line: str) -> None:
     if line.startswith("make "):

@@ -14,8 +14,8 @@ class HybridConfig(CrossAttentionConfig):
 
     kind: Literal["hybrid"] = "hybrid"  # type: ignore[assignment]
     tag_integration: Literal["add", "concatenate"] = "add"
-    """How a regular tile's tag joins its features in the keys and values: added to each of them (the normalised sum of the
-    tag's token embeddings), or as tokens before them, as figure 3 of the paper can be read. Cross-attention has no
+    """How a regular tile's tag joins its features in the keys and values: added to each of them (the normalised sum of
+    the tag's token embeddings), or as tokens before them, as figure 3 of the paper can be read. Cross-attention has no
     positions, so concatenated tags cannot say which features are their tile's."""
 
     @property

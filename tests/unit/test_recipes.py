@@ -163,7 +163,7 @@ def test_the_tiny_models_have_all_parts(kind: str) -> None:
 ROUTES = {
     "d": TileRoute(context_tiles="none"),
     "x": TileRoute(context_tiles="all", context_tags="text"),
-    "h": TileRoute(context_tiles="regular", context_tags="concatenate"),
+    "h": TileRoute(context_tiles="regular", context_tags="add"),
 }
 
 

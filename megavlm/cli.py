@@ -30,6 +30,9 @@ from megavlm.runtime.log import LOGGER, quiet_third_parties, start_log
 from megavlm.runtime.process import process
 from megavlm.training.loop import train
 
+FOR_GENERATION = ("engine.sequence_parallel=false", "engine.virtual_pipeline_model_parallel_size=null")
+"""What a layout may not have where tokens are generated one at a time."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; exits with 0, with 1 after an error, or with 2 when the command line is wrong.
@@ -152,7 +155,7 @@ def _eval(options: argparse.Namespace) -> None:
     if newest is None:
         raise ValueError(f"folder={options.folder}: holds no checkpoint. Give the run folder of a trained stage.")
     checkpoint = folder.checkpoint(newest)
-    recipe = load_recipe(checkpoint / "recipe.yaml", options.overrides, Recipe)
+    recipe = load_recipe(checkpoint / "recipe.yaml", [*options.overrides, *FOR_GENERATION], Recipe)
     if _must_start_ranks(options):
         _start_ranks(recipe, options.nproc_per_node)
         return

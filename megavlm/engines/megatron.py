@@ -264,13 +264,14 @@ class MegatronEngine:
         with torch.no_grad():
             return self._run_schedule(batches, forward_only=True), self._count_trained(batches)
 
-    def logits(self, batch: Batch, wanted: Tensor, vocab_size: int) -> Tensor:
+    def logits(self, batch: Batch, wanted: Tensor, vocab_size: int, cache: Any = None) -> Tensor:
         """Logits of one micro-batch at chosen positions, the same on every rank of the model.
 
         Args:
             batch: the micro-batch.
             wanted: ``[N, S]``, nonzero where logits are wanted.
             vocab_size: V of the model.
+            cache: what the model keeps between the steps of a generation; each chunk is given it.
 
         Returns:
             ``[M, V]`` float32, row by row.
@@ -280,7 +281,8 @@ class MegatronEngine:
         wanted = wanted.to(self.device)
 
         def forward_step(iterator: Iterator[Batch], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-            return module(next(iterator), wanted_logits=wanted), lambda logits: (logits.sum(), {"logits": logits})
+            output = module(next(iterator), wanted_logits=wanted, cache=cache)
+            return output, lambda logits: (logits.sum(), {"logits": logits})
 
         # the interleaved schedule takes micro-batches by the number of stages
         copies = self.config.pipeline_model_parallel_size if len(self._wrapped) > 1 else 1

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from megavlm.models.backend import Backend, SDPACoreAttention
+from megavlm.models.cache import KeyValueCache
 from megavlm.models.weights import start_at
 from megavlm.runtime import current_device
 
@@ -95,40 +96,57 @@ class CrossAttention(Attention):
     def get_query_key_value_tensors(
         self,
         hidden_states: Tensor,
-        key_value_states: Tensor | None = None,
+        key_value_states: Tensor | tuple[Tensor, Tensor] | None = None,
         output_gate: bool = False,
         split_qkv: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Project ``[S, N, hidden]`` and ``[C, N, hidden]``: query ``[S, N, H, D]``, key, value ``[C, N, G, D]``."""
+        """Project ``[S, N, hidden]`` and ``[C, N, hidden]``: query ``[S, N, H, D]``, key, value ``[C, N, G, D]``.
+
+        A pair of key and value that was kept is taken as it is.
+        """
         assert key_value_states is not None, "the layer was called without a context"
         assert split_qkv
         assert not output_gate
         channels = self.hidden_size_per_attention_head
         query, _ = self.linear_q(hidden_states)
-        mixed, _ = self.linear_kv(key_value_states)
-        # a group's key and value stand side by side, so that any tensor-parallel size cuts between groups
-        key, value = mixed.unflatten(-1, (-1, 2, channels)).unbind(-2)
+        if isinstance(key_value_states, tuple):
+            key, value = key_value_states
+        else:
+            key, value = self._key_and_value(key_value_states)
         return query.unflatten(-1, (-1, channels)), key, value
+
+    def _key_and_value(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """``[C, N, hidden]`` -> two of ``[C, N, G, D]``."""
+        mixed, _ = self.linear_kv(context)
+        # a group's key and value stand side by side, so that any tensor-parallel size cuts between groups
+        key, value = mixed.unflatten(-1, (-1, 2, self.hidden_size_per_attention_head)).unbind(-2)
+        return key, value
 
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         attention_mask: Tensor,
-        key_value_states: Tensor,
-        inference_context: None = None,
+        key_value_states: Tensor | None,
+        inference_context: KeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
         Args:
             hidden_states: ``[S, N, hidden]``, split over the sequence under sequence parallelism.
             attention_mask: ``[N, S, 2]`` int64: the range of the context that each token may see.
-            key_value_states: ``[C, N, hidden]``, split over the sequence under sequence parallelism.
-            inference_context: megatron-core's cache for self-attention, which is not for the context.
+            key_value_states: ``[C, N, hidden]``, split over the sequence under sequence parallelism; not read where the
+                cache holds what was made of it.
+            inference_context: the cache in generation; the context's keys and values are kept in it.
 
         Returns:
             ``[S, N, hidden]``, exactly zero for tokens that see nothing, and no bias.
         """
-        return super().forward(hidden_states, attention_mask, key_value_states=key_value_states)
+        source: Any = key_value_states
+        if inference_context is not None:
+            if self.layer_number not in inference_context.context:
+                inference_context.context[self.layer_number] = self._key_and_value(source)
+            source = inference_context.context[self.layer_number]
+        return super().forward(hidden_states, attention_mask, key_value_states=source)
 
 
 class RangeAttention(SDPACoreAttention):

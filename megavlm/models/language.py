@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megavlm.config import Config
 from megavlm.models.backend import Backend, attention_spec, block_spec, layer_spec
+from megavlm.models.cache import KeyValueCache
 from megavlm.models.weights import mark_padded
 
 
@@ -215,6 +216,7 @@ class LanguageModel(LanguageModule):
         attention_mask: Tensor | None,
         context: Tensor | None = None,
         visible_context: Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Run this stage's decoder layers.
 
@@ -226,14 +228,17 @@ class LanguageModel(LanguageModule):
                 packed rows.
             context: ``[C, N, H]``, keys and values of cross-attention; None if no layer has any.
             visible_context: ``[N, S, 2]`` int64, the range of its row's context that each token may see.
+            cache: in generation, what came before these tokens; says positions and mask itself.
 
         Returns:
             ``[S, N, H]``, split as ``hidden_states`` is.
         """
         if not self.pre_process:
             self.decoder.set_input_tensor(hidden_states)
+        if cache is not None:
+            attention_mask, position_ids = cache.mask(position_ids.shape[1]), cache.positions()
         frequencies = self.rotary_pos_emb(position_ids.shape[1])
-        if attention_mask is not None:  # packed: positions restart, so each row has frequencies of its own
+        if attention_mask is not None:  # packed or padded on the left: each row has frequencies of its own
             frequencies = frequencies[position_ids, 0, 0].transpose(0, 1).unsqueeze(2)
         return self.decoder(
             hidden_states=hidden_states,
@@ -241,6 +246,7 @@ class LanguageModel(LanguageModule):
             rotary_pos_emb=frequencies,
             context=context,
             context_mask=visible_context,
+            inference_context=cache,
         )
 
     def token_losses(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:

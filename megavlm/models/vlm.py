@@ -18,6 +18,7 @@ from torch import Tensor
 from megavlm.batch import Batch
 from megavlm.config import Config
 from megavlm.models.backend import BACKENDS
+from megavlm.models.cache import KeyValueCache
 from megavlm.models.connectors import AnyConnectorConfig
 from megavlm.models.fusion import AnyFusionConfig, fill_placeholders, lay_out_context, sum_tags
 from megavlm.models.language import LanguageConfig, LanguageModel, decoder_layer_specs
@@ -126,12 +127,14 @@ class VLM(MegatronModule):
         """The tied word embedding, for megatron-core's all-reduce of its gradient between first and last stage."""
         return self.language.shared_embedding_or_output_weight()
 
-    def forward(self, batch: Batch, wanted_logits: Tensor | None = None) -> Tensor:
+    def forward(self, batch: Batch, wanted_logits: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Run this stage on a micro-batch.
 
         Args:
             batch: the micro-batch, on this rank's device.
             wanted_logits: ``[N, S]``, nonzero where the last stage shall give logits instead of losses.
+            cache: in generation, what came before; after the first step the tokens of the batch are those of text that
+                follow, and its tiles those that they may see, without pixels.
 
         Returns:
             ``[S + C, N, H]`` hidden states and context, or on the last stage ``[N, S]`` losses (0 where nothing is
@@ -146,21 +149,29 @@ class VLM(MegatronModule):
                 f"batch.context_length={batch.context_length}: does not fit a model with"
                 f"{'' if self.route.uses_context else 'out'} cross-attention. Make batches by the model's tile_route."
             )
-        hidden_states, context = self._embed(batch) if self.pre_process else self._split_received(batch)
+        goes_on = cache is not None and not cache.is_empty
+        if not self.pre_process:
+            hidden_states, context = self._split_received(batch, has_context=self.route.uses_context and not goes_on)
+        elif goes_on:
+            hidden_states, context = self.language.embed(batch.tokens, batch.position_ids), None
+        else:
+            hidden_states, context = self._embed(batch)
         attention_mask = packed_attention_mask(batch) if batch.is_packed else None
         visible_context = batch.visible_context() if self.route.uses_context else None
-        hidden_states = self.language(hidden_states, batch.position_ids, attention_mask, context, visible_context)
+        hidden_states = self.language(
+            hidden_states, batch.position_ids, attention_mask, context, visible_context, cache
+        )
         if not self.post_process:
             return hidden_states if context is None else torch.cat([hidden_states, context])
         if wanted_logits is not None:
             return self.language.logits(hidden_states, wanted_logits)
         return self.language.token_losses(hidden_states, batch.labels, batch.loss_mask)
 
-    def _split_received(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def _split_received(self, batch: Batch, *, has_context: bool) -> tuple[Tensor, Tensor | None]:
         """Hidden states and context out of what the stage before sent."""
         received = self._received
         assert received is not None, "a later stage was called without set_input_tensor"
-        if not self.route.uses_context:
+        if not has_context:
             return received, None
         shares = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         num_hidden = batch.tokens.shape[1] // shares

@@ -5,10 +5,11 @@ ranks on this machine; under torchrun or srun the verb is one of the ranks.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -18,16 +19,19 @@ from megavlm import __version__
 from megavlm.benchmark.child import RunError
 from megavlm.benchmark.compare import compare
 from megavlm.benchmark.speed import measure_speed, print_speed, write_speed
-from megavlm.build import build_parts, build_processor, check_run
+from megavlm.build import Parts, build_parts, build_processor, check_run
 from megavlm.checkpoint import RunFolder, load_checkpoint
 from megavlm.config import dump_recipe, load_recipe
+from megavlm.data import Conversation
 from megavlm.evaluation.exact_match import evaluate, write_results
 from megavlm.evaluation.picture import draw_samples
 from megavlm.evaluation.table import print_answers, print_score
+from megavlm.inference.answer import Settings, answer_file, ask, chat, user_turn, writer
+from megavlm.inference.sampling import Sampling
 from megavlm.planning.table import print_plan
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER, quiet_third_parties, start_log
-from megavlm.runtime.process import process
+from megavlm.runtime.process import Process, process
 from megavlm.training.loop import train
 
 FOR_GENERATION = ("engine.sequence_parallel=false", "engine.virtual_pipeline_model_parallel_size=null")
@@ -84,6 +88,23 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--batch-size", type=int, default=32, help="questions at a time on each rank")
     verb.add_argument("--max-new-tokens", type=int, default=32, help="most tokens of an answer")
     verb.add_argument("--show", type=int, default=8, help="questions to print")
+
+    verb = _add_verb(verbs, "generate", _generate, "answer a prompt, a file of prompts, or a person in the terminal")
+    verb.add_argument("folder", type=Path, help="run folder with a checkpoint")
+    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the run's recipe")
+    _add_ranks(verb)
+    verb.add_argument("--prompt", help="what to answer; without it and --jsonl a chat begins")
+    verb.add_argument(
+        "--image", action="append", default=[], metavar="PATH", help="image before the prompt; may repeat"
+    )
+    verb.add_argument("--jsonl", type=Path, help="file of conversations to answer, one a line, as for training")
+    verb.add_argument("--output", type=Path, help="where the answers to --jsonl go; must not exist")
+    verb.add_argument("--batch-size", type=int, default=8, help="prompts of --jsonl at a time on each rank")
+    verb.add_argument("--max-new-tokens", type=int, default=256, help="most tokens of an answer")
+    verb.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    verb.add_argument("--top-k", type=int, help="draw from so many of the most likely tokens")
+    verb.add_argument("--top-p", type=float, help="draw from the most likely tokens of this probability")
+    verb.add_argument("--seed", type=int, default=0, help="of the draws")
 
     verb = _add_verb(verbs, "plan", _plan, "count a recipe's parameters and operations, without memory for them")
     _add_recipe(verb)
@@ -150,29 +171,74 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    folder = RunFolder(options.folder)
-    newest = folder.newest()
-    if newest is None:
-        raise ValueError(f"folder={options.folder}: holds no checkpoint. Give the run folder of a trained stage.")
-    checkpoint = folder.checkpoint(newest)
-    recipe = load_recipe(checkpoint / "recipe.yaml", [*options.overrides, *FOR_GENERATION], Recipe)
+    checkpoint, recipe = _find_run(options)
     if _must_start_ranks(options):
         _start_ranks(recipe, options.nproc_per_node)
         return
-    with process(timeout_minutes=recipe.engine.distributed_timeout_minutes) as me:
-        start_log(me.rank, folder.path / "log.txt")
-        parts = build_parts(recipe, world_size=me.world_size)
-        parts.engine.wrap(parts.build_chunks(), training=False)
-        load_checkpoint(checkpoint, parts.engine, with_optimizer=False, verify=recipe.checkpoint.verify)
+    with _loaded(checkpoint, recipe) as (parts, me):
         score, answers = evaluate(
             parts, limit=options.limit, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens
         )
         if me.rank == 0:
             print_answers(answers, most=options.show)
             print_score(score)
-            results = write_results(folder.path, score, answers)
-            draw_samples(folder.path / "samples.png", answers, parts.processor)
-            LOGGER.info("answers: %s, picture: %s", results, folder.path / "samples.png")
+            results = write_results(options.folder, score, answers)
+            draw_samples(options.folder / "samples.png", answers, parts.processor)
+            LOGGER.info("answers: %s, picture: %s", results, options.folder / "samples.png")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    if options.prompt is not None and options.jsonl is not None:
+        raise ValueError("--prompt and --jsonl: are two ways to ask. Give one of them.")
+    if (options.jsonl is None) != (options.output is None):
+        raise ValueError(f"--jsonl={options.jsonl}, --output={options.output}: belong together. Give both or none.")
+    if options.image and options.prompt is None:
+        raise ValueError(f"--image={options.image[0]}: belongs to --prompt. In a chat, write /image PATH.")
+    if options.output is not None and options.output.exists() and "RANK" not in os.environ:
+        raise ValueError(f"--output={options.output}: exists. Delete it or choose another name.")
+    if options.max_new_tokens < 1 or options.batch_size < 1:
+        raise ValueError(
+            f"--max-new-tokens={options.max_new_tokens}, --batch-size={options.batch_size}: must be at least 1."
+        )
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    settings = Settings(options.max_new_tokens, sampling)
+    checkpoint, recipe = _find_run(options)
+    if _must_start_ranks(options):
+        _start_ranks(recipe, options.nproc_per_node)
+        return
+    with _loaded(checkpoint, recipe) as (parts, me):
+        is_first = me.rank == 0
+        if options.jsonl is not None:
+            answer_file(
+                parts, options.jsonl, options.output, settings, batch_size=options.batch_size, is_writer=is_first
+            )
+        elif options.prompt is not None:
+            turn = user_turn(options.prompt, options.image)
+            ask(parts, Conversation((turn,)), settings, writer(is_first))
+            writer(is_first)("\n")
+        else:
+            chat(parts, settings, is_reader=is_first)
+
+
+def _find_run(options: argparse.Namespace) -> tuple[Path, Recipe]:
+    """The newest checkpoint of a run folder, and its recipe for generation."""
+    folder = RunFolder(options.folder)
+    newest = folder.newest()
+    if newest is None:
+        raise ValueError(f"folder={options.folder}: holds no checkpoint. Give the run folder of a trained stage.")
+    checkpoint = folder.checkpoint(newest)
+    return checkpoint, load_recipe(checkpoint / "recipe.yaml", [*options.overrides, *FOR_GENERATION], Recipe)
+
+
+@contextlib.contextmanager
+def _loaded(checkpoint: Path, recipe: Recipe) -> Iterator[tuple[Parts, Process]]:
+    """This rank's part of a trained model, ready to answer."""
+    with process(timeout_minutes=recipe.engine.distributed_timeout_minutes) as me:
+        start_log(me.rank, checkpoint.parent / "log.txt")
+        parts = build_parts(recipe, world_size=me.world_size)
+        parts.engine.wrap(parts.build_chunks(), training=False)
+        load_checkpoint(checkpoint, parts.engine, with_optimizer=False, verify=recipe.checkpoint.verify)
+        yield parts, me
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ SMALL = {
     "examples/quickstart/build_data.py": ["--num-stage1", "40", "--num-stage2", "40", "--num-valid", "6"],
     "train": ["training.train_iters=3", "training.optimizer.lr_warmup_iters=1", "training.eval_interval=null"],
     "eval": ["--max-new-tokens", "2"],
+    "generate": ["--max-new-tokens", "2"],
     "examples/nvlm/compare.yaml": [*TWO_STEPS, "speed=null"],
     "examples/nvlm/compare_speed.yaml": [ONE_ROUND, "training.global_batch_size=2"],
     "examples/nvlm/tile_tags.yaml": ["train=false", ONE_ROUND],

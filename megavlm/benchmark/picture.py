@@ -80,7 +80,7 @@ def _draw_losses(axes: Axes, chains: Sequence[Chain], colors: Mapping[str, str])
         above = axes.get_xaxis_transform()
         axes.text(middle, 1.01, stage.name, transform=above, color="gray", fontsize=9, horizontalalignment="center")
         start += stage.recipe.training.train_iters
-    axes.set(xlabel="step", ylabel="loss of trained tokens (nats), smoothed")
+    axes.set(xlabel="step", ylabel="loss of trained tokens (nats), smoothed", xlim=(0, start))
     if 0.0 < lowest < float("inf"):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

@@ -71,14 +71,21 @@ class WeightMap:
         return {rule.ours.split(".", 1)[0] for rule in self.rules}
 
 
-class _Reader:
+class WeightReader:
     """Published tensors under the spelling of a map's rules; remembers which were used."""
 
     def __init__(self, weight_map: WeightMap, tensors: Mapping[str, Tensor]) -> None:
+        """Compare names.
+
+        Args:
+            weight_map: of the family.
+            tensors: full tensors by their names; on the ``meta`` device they are good for all but :meth:`leftover`.
+        """
         self._map = weight_map
         self._tensors = tensors
         self._given = {weight_map.in_table_spelling(name): name for name in tensors}
         self.used: set[str] = set()
+        """Names, as the rules spell them, of the tensors that were read."""
 
     def read(self, our_key: str) -> Tensor:
         """Return our full tensor.
@@ -126,10 +133,10 @@ def to_ours(weight_map: WeightMap, tensors: Mapping[str, Tensor]) -> dict[str, T
     Raises:
         ValueError: a tensor is not in the map, or lacks the others that it belongs together with.
     """
-    reader = _Reader(weight_map, tensors)
+    reader = WeightReader(weight_map, tensors)
     keys = {weight_map.our_key(weight_map.in_table_spelling(name)) for name in tensors}
     converted = {key: reader.read(key) for key in sorted(key for key in keys if key is not None)}
-    _refuse_leftovers(reader.leftover(reader.used))
+    refuse_leftovers(reader.leftover(reader.used))
     return converted
 
 
@@ -163,7 +170,7 @@ def load_weights(chunks: Sequence[Any], weight_map: WeightMap, tensors: Mapping[
     Raises:
         ValueError: the model wants a tensor that is not given, a shape differs, or a given tensor is not used.
     """
-    reader = _Reader(weight_map, tensors)
+    reader = WeightReader(weight_map, tensors)
     problem = None
     try:
         fill_weights(chunks, lambda slot: reader.read(slot.key), weight_map.parts())
@@ -173,7 +180,7 @@ def load_weights(chunks: Sequence[Any], weight_map: WeightMap, tensors: Mapping[
     for other_problem, _ in reports:
         if other_problem is not None:
             raise ValueError(other_problem)
-    _refuse_leftovers(reader.leftover({name for _, used in reports for name in used}))
+    refuse_leftovers(reader.leftover({name for _, used in reports for name in used}))
 
 
 def _gather(report: tuple[str | None, set[str]]) -> list[tuple[str | None, set[str]]]:
@@ -185,7 +192,12 @@ def _gather(report: tuple[str | None, set[str]]) -> list[tuple[str | None, set[s
     return reports
 
 
-def _refuse_leftovers(names: list[str]) -> None:
+def refuse_leftovers(names: list[str]) -> None:
+    """Refuse tensors that would be dropped.
+
+    Raises:
+        ValueError: there are any.
+    """
     if not names:
         return
     shown = ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")

@@ -20,7 +20,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megavlm.models.backend import Backend, SDPACoreAttention
 from megavlm.models.cache import KeyValueCache
@@ -191,7 +191,7 @@ class RangeAttention(SDPACoreAttention):
         return attended.masked_fill(sees_nothing.t().unsqueeze(-1), 0.0)
 
     def _attend_in_blocks(self, query: Tensor, key: Tensor, value: Tensor, ranges: Tensor) -> Tensor:
-        attended = _compiled_flex_attention()(
+        attended = compiled_flex_attention()(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
@@ -221,7 +221,7 @@ def range_mask(ranges: Tensor, context_length: int) -> Tensor:
 
 
 @functools.cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
+def compiled_flex_attention() -> Callable[..., Tensor]:
     """FlexAttention compiled; uncompiled it would hold all scores."""
     return torch.compile(flex_attention, dynamic=True)
 
@@ -246,15 +246,37 @@ class _BlockMasks:
 _BLOCK_MASKS = _BlockMasks()
 
 
-def range_block_mask(ranges: Tensor, context_length: int) -> BlockMask:
-    """Turn ``[N, S, 2]`` ranges into FlexAttention's block mask (nothing is seen where a range is empty)."""
-    starts, stops = ranges.unbind(-1)
+def range_block_mask(ranges: Tensor, context_length: int, block_size: int = 128) -> BlockMask:
+    """Turn ranges into FlexAttention's block mask, without a mask of tokens by context on the way.
+
+    A block of tokens visits the blocks of context from the first to the last that any of its tokens sees; inside them
+    each token keeps to its range.
+
+    Args:
+        ranges: ``[N, S, 2]`` int64; nothing is seen where one is empty.
+        context_length: C.
+        block_size: tokens, and context, of a block.
+    """
+    starts, stops = (bound.contiguous() for bound in ranges.unbind(-1))
+    row_length = starts.shape[1]
+    num_blocks = -(-context_length // block_size)
+    is_empty = starts >= stops
+    padding = (0, -row_length % block_size)
+    first = F.pad(starts.masked_fill(is_empty, context_length), padding, value=context_length)
+    after_last = F.pad(stops.masked_fill(is_empty, 0), padding)
+    first_block = first.unflatten(1, (-1, block_size)).amin(-1) // block_size
+    after_last_block = (after_last.unflatten(1, (-1, block_size)).amax(-1) + block_size - 1) // block_size
+    visited = (first_block.unsqueeze(-1) + torch.arange(num_blocks, device=ranges.device)) % num_blocks
 
     def sees(row: Tensor, head: Tensor, token: Tensor, position: Tensor) -> Tensor:
         return (position >= starts[row, token]) & (position < stops[row, token])
 
-    return create_block_mask(
-        sees, B=ranges.shape[0], H=None, Q_LEN=ranges.shape[1], KV_LEN=context_length, device=ranges.device
+    return BlockMask.from_kv_blocks(
+        (after_last_block - first_block).clamp(min=0).unsqueeze(1).to(torch.int32),
+        visited.unsqueeze(1).to(torch.int32),
+        BLOCK_SIZE=block_size,
+        mask_mod=sees,
+        seq_lengths=(row_length, context_length),
     )
 
 

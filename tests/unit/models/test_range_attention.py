@@ -1,13 +1,22 @@
 """Attention to ranges of the context, against sums written out."""
 
+import shutil
+
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from megavlm.models.cross_attention import GatedResidual, RangeAttention, range_block_mask, range_mask
+from megavlm.models.cross_attention import (
+    GatedResidual,
+    RangeAttention,
+    compiled_flex_attention,
+    range_block_mask,
+    range_mask,
+)
 
 TOKENS, ROWS, CONTEXT, HEADS, GROUPS, CHANNELS = 9, 3, 13, 4, 2, 16
 
@@ -89,6 +98,48 @@ def test_the_block_mask_of_cuda_says_the_same() -> None:
     expected = written_out(query, key, value, ranges)
     attended = attended.permute(2, 0, 1, 3).flatten(2).double()
     torch.testing.assert_close(attended, expected, rtol=0, atol=2e-6)  # worst seen: 3.6e-7
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_blocks_give_the_same_for_lengths_that_are_no_multiples() -> None:
+    generator = torch.Generator().manual_seed(2)
+    for length, context_length in ((300, 400), (170, 700)):  # the second time without compiling anew
+        query = torch.randn(2, HEADS, length, CHANNELS, generator=generator)
+        key, value = (torch.randn(2, GROUPS, context_length, CHANNELS, generator=generator) for _ in range(2))
+        ranges = torch.randint(0, context_length + 1, (2, length, 2), generator=generator).sort(-1).values
+        ranges[0, :140] = 0  # a whole block that sees nothing
+        empty = ranges[..., 0] >= ranges[..., 1]
+        with torch.no_grad():
+            mask = range_block_mask(ranges, context_length)
+            attended = compiled_flex_attention()(query, key, value, block_mask=mask, enable_gqa=True)
+        seen = ~range_mask(ranges, context_length)
+        expected = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
+        expected = expected.masked_fill(empty[:, None, :, None], 0.0)
+        torch.testing.assert_close(attended, expected, rtol=0, atol=5e-6)  # worst seen: 7.2e-7
+
+
+@pytest.mark.parametrize("length", [40, 32, 7])
+def test_blocks_are_visited_where_any_token_sees(length: int) -> None:
+    context_length, size = 50, 8
+    generator = torch.Generator().manual_seed(length)
+    ranges = torch.randint(0, context_length + 1, (4, length, 2), generator=generator).sort(-1).values
+    ranges[0] = 0  # a row that sees nothing
+    ranges[1, :, 1] = (ranges[1, :, 0] + 3).clamp(max=context_length)
+    mask = range_block_mask(ranges, context_length, size)
+    visited = mask.to_dense()[:, 0]
+    seen = ~range_mask(ranges, context_length)[:, 0] & (ranges[..., 0] < ranges[..., 1]).unsqueeze(-1)
+    for row in range(4):
+        for block in range(-(-length // size)):
+            tokens = seen[row, block * size : (block + 1) * size].any(0)
+            needed = [bool(tokens[start : start + size].any()) for start in range(0, context_length, size)]
+            got = visited[row, block].bool().tolist()
+            assert all(there for there, wanted in zip(got, needed, strict=True) if wanted)
+            if any(needed):
+                first, last = needed.index(True), len(needed) - needed[::-1].index(True)
+                assert got == [first <= number < last for number in range(len(needed))]
+            else:
+                assert not any(got)
 
 
 def test_a_token_that_sees_nothing_is_let_look_somewhere() -> None:

@@ -50,8 +50,10 @@ class CheckpointConfig(Config):
 
     save: Path
     """The run folder: checkpoints, resolved recipe, log, pictures. A run found there is resumed."""
-    pretrained_checkpoint: Path | None = None
-    """Run folder whose newest weights a fresh run starts from (weights only; optimizer and data start anew)."""
+    pretrained_checkpoint: Path | list[Path] | None = None
+    """Run folder whose newest weights a fresh run starts from (weights only; optimizer and data start anew), or
+    several, loaded in turn: a vision encoder, a language model. A part that none of them holds starts fresh and must
+    train."""
     save_interval: pydantic.PositiveInt | None = None
     """Steps between checkpoints; None: only at the end."""
     keep_last: pydantic.PositiveInt = 2
@@ -60,6 +62,12 @@ class CheckpointConfig(Config):
     """Write checkpoints in processes beside training."""
     verify: bool = True
     """Compare every file of a checkpoint with its manifest before loading it."""
+
+    @property
+    def pretrained_checkpoints(self) -> list[Path]:
+        """``pretrained_checkpoint`` as a list."""
+        given = self.pretrained_checkpoint
+        return [] if given is None else given if isinstance(given, list) else [given]
 
 
 class LoggingConfig(Config):
@@ -108,7 +116,7 @@ class Recipe(Config):
                 f"training.trainable={trainable}: model.fusion.kind={kind} has none, so nothing would train. Choose "
                 "another fusion or other parts."
             )
-        starts_closed = has_cross_attention and self.checkpoint.pretrained_checkpoint is None
+        starts_closed = has_cross_attention and not self.checkpoint.pretrained_checkpoints
         if starts_closed and "cross_attention" not in trainable:
             raise ValueError(
                 f"training.trainable={trainable}: the cross-attention of model.fusion.kind={kind} starts untrained and "

@@ -93,7 +93,7 @@ def load_checkpoint(
         allow_unexpected=lambda key: key.startswith(tuple(allow_unexpected)),
     )
     _say_mismatch(mismatch, folder)
-    _load_tensors(folder, engine, match.without_missing(state, metadata), with_optimizer=with_optimizer)
+    _load_tensors(folder, engine, state, metadata, with_optimizer=with_optimizer)
     if with_optimizer:
         _restore_rng(folder, info)
     LOGGER.info("loaded %s (%s)", folder, "weights, optimizer and random numbers" if with_optimizer else "weights")
@@ -196,13 +196,17 @@ def _say_mismatch(mismatch: match.Mismatch, folder: Path) -> None:
         LOGGER.info("%s: %d extra states of layers are on one side only", folder, mismatch.num_extra_states)
 
 
-def _load_tensors(folder: Path, engine: MegatronEngine, state: dict[str, Any], *, with_optimizer: bool) -> None:
+def _load_tensors(
+    folder: Path, engine: MegatronEngine, state: dict[str, Any], metadata: Metadata, *, with_optimizer: bool
+) -> None:
     with agreed(f"loading {folder}"), weights_only():
         strategy = get_default_load_sharded_strategy(str(folder))
         if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             strategy = FullyParallelLoadStrategyWrapper(strategy, group)
-        loaded = dist_checkpointing.load(state, str(folder), strategy)
+        loaded = dist_checkpointing.load(match.without_missing(state, metadata), str(folder), strategy)
+        # a pipeline stage may have only parts that the checkpoint lacks
+        loaded = {name: {} for name in state} | loaded
         if with_optimizer:
             put_back_empty_moments(state, loaded)
         engine.load_state_dict(loaded, with_optimizer=with_optimizer)

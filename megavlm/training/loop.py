@@ -10,12 +10,13 @@ from pathlib import Path
 import yaml
 
 from megavlm.build import Parts, build_parts
-from megavlm.checkpoint import AsyncSaver, Loaded, RunFolder, find_checkpoint, load_checkpoint, save_checkpoint
+from megavlm.checkpoint import AsyncSaver, RunFolder, find_checkpoint, load_checkpoint, save_checkpoint
 from megavlm.config import dump_recipe, save_recipe
 from megavlm.data import Dataset, DatasetConfig, Loader
+from megavlm.engines import MegatronEngine
 from megavlm.engines.feed import Feed, is_reader
 from megavlm.models.initialization import initialize_weights
-from megavlm.models.part import PARTS
+from megavlm.models.part import PARTS, part_of
 from megavlm.models.weights import count_parameters
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
@@ -133,30 +134,28 @@ def _prepare_model(parts: Parts, folder: RunFolder) -> Position:
         loaded = load_checkpoint(resume_from, engine, with_optimizer=True, verify=recipe.checkpoint.verify)
         LOGGER.info("resuming %s after step %d", folder.path, loaded.iteration)
         return Position(loaded.iteration, loaded.extra["consumed_samples"])
-    if recipe.checkpoint.pretrained_checkpoint is not None:
-        source = recipe.checkpoint.pretrained_checkpoint
-        loaded = load_checkpoint(
-            source,
-            engine,
-            with_optimizer=False,
-            verify=recipe.checkpoint.verify,
-            allow_missing_parts=["cross_attention"],
-        )
-        _check_cross_attention_trains(recipe, loaded)
-        LOGGER.info("starting from the weights of %s", source)
+    _start_from_weights(recipe, engine)
     return Position()
 
 
-def _check_cross_attention_trains(recipe: Recipe, loaded: Loaded) -> None:
-    """A model may be given cross-attention for the first time, but then must train it.
+def _start_from_weights(recipe: Recipe, engine: MegatronEngine) -> None:
+    """Load the weights that a fresh run starts from, if there are any.
 
     Raises:
-        ValueError: fresh cross-attention would stay as it is.
+        ValueError: they do not fit, or a part that none of them holds would stay as it was drawn.
     """
-    if loaded.missing and "cross_attention" not in recipe.training.trainable:
+    absent = set(PARTS)
+    for source in recipe.checkpoint.pretrained_checkpoints:
+        verify = recipe.checkpoint.verify
+        loaded = load_checkpoint(source, engine, with_optimizer=False, verify=verify, allow_missing_parts=PARTS)
+        absent &= {part_of(key) for key in loaded.missing}
+        LOGGER.info("starting from the weights of %s", source)
+    frozen = sorted(absent.difference(recipe.training.trainable)) if recipe.checkpoint.pretrained_checkpoints else []
+    if frozen:
+        sources = ", ".join(map(str, recipe.checkpoint.pretrained_checkpoints))
         raise ValueError(
-            f"training.trainable={recipe.training.trainable}: {loaded.path} holds no cross-attention, so that of this "
-            "model starts untrained and would stay so. Add cross_attention."
+            f"training.trainable={recipe.training.trainable}: {sources} holds no {' and no '.join(frozen)}, so that "
+            "would stay untrained. Add it to the parts that train, or give weights for it."
         )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness import RankError, run_ranks
 from megatron.core import parallel_state
-from parity import read_weights, start
+from parity import Holder, read_weights, start
 from published import (
     IMAGE_TOKEN,
     LANGUAGE_MODELS,
@@ -203,8 +203,7 @@ def _errors_of_stage(pp: int, config: VLMConfig, table: WeightMap, weights: Mapp
 def fill_language(config: LanguageConfig, table: WeightMap, weights: Mapping[str, Tensor]) -> None:
     """On one rank: fill a decoder."""
     backend = BACKENDS["torch"]
-    model = torch.nn.Module()
-    model.language = LanguageModel(
+    language = LanguageModel(
         config,
         config.transformer_config(start(1)),
         decoder_layer_specs(config, backend),
@@ -213,7 +212,7 @@ def fill_language(config: LanguageConfig, table: WeightMap, weights: Mapping[str
         pre_process=True,
         post_process=True,
     )
-    load_weights([model], table, weights)
+    load_weights([Holder("language", language)], table, weights)
 
 
 def test_a_missing_output_layer_says_that_weights_may_be_tied() -> None:

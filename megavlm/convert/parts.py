@@ -1,0 +1,124 @@
+"""The parts of a model that are converted: as data, as ``model.yaml``, and as the shapes of their weights."""
+
+from typing import Any
+
+import torch
+import yaml
+from megatron.core import parallel_state
+
+from megavlm.checkpoint.layout import sharded_leaves
+from megavlm.checkpoint.release import ReleaseTensor
+from megavlm.config import Config
+from megavlm.data.tokenizers import TokenizerConfig
+from megavlm.engines import MegatronEngineConfig
+from megavlm.models.backend import BACKENDS
+from megavlm.models.connectors import AnyConnectorConfig
+from megavlm.models.fusion import AnyFusionConfig
+from megavlm.models.fusion.decoder_only import DecoderOnlyConfig
+from megavlm.models.language import LanguageConfig, LanguageModel, decoder_layer_specs
+from megavlm.models.vision import AnyVisionConfig
+from megavlm.models.vlm import VLMConfig
+from megavlm.runtime.fake_world import fake_world
+from megavlm.runtime.sharding import sharding_metadata
+
+MODEL_NAME = "model.yaml"
+
+
+class ModelParts(Config):
+    """A model, or the parts of one that a folder holds."""
+
+    vision: AnyVisionConfig | None = None
+    connector: AnyConnectorConfig | None = None
+    fusion: AnyFusionConfig | None = None
+    language: LanguageConfig | None = None
+
+    @classmethod
+    def of(cls, model: VLMConfig) -> "ModelParts":
+        """All parts of a model."""
+        return cls(vision=model.vision, connector=model.connector, fusion=model.fusion, language=model.language)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Parts with weights that are there."""
+        return tuple(name for name in ("vision", "connector", "language") if getattr(self, name) is not None)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a model, not a part of one."""
+        return len(self.names) == 3
+
+    def only(self, *names: str) -> "ModelParts":
+        """The same with no other parts than those."""
+        return ModelParts(**{name: getattr(self, name) for name in names})
+
+    def whole(self) -> VLMConfig:
+        """As a model, decoder-only if no fusion is named."""
+        assert self.vision is not None
+        assert self.connector is not None
+        assert self.language is not None
+        return VLMConfig(
+            vision=self.vision,
+            connector=self.connector,
+            fusion=self.fusion or DecoderOnlyConfig(),
+            language=self.language,
+        )
+
+
+class ModelFile(Config):
+    """The content of ``model.yaml``: a piece of a recipe, for its ``base:``."""
+
+    model: ModelParts
+    tokenizer: TokenizerConfig | None = None
+
+    def dump(self) -> str:
+        """As YAML, without what is not there."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def weight_shapes(parts: ModelParts, vocab_size: int) -> dict[str, ReleaseTensor]:
+    """Return what the weights of a model's parts are: checkpoint key -> shapes. The dtype stands for any.
+
+    The parts are built on the ``meta`` device, undivided, in a process without a process group.
+
+    Args:
+        parts: what to build.
+        vocab_size: tokens of the language model, padding not counted.
+    """
+    with fake_world(world_size=1, rank=0):
+        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+        state = {
+            name: module.sharded_state_dict(prefix=f"{name}.", metadata=sharding_metadata())
+            for name, module in _build(parts, vocab_size).items()
+        }
+        return {
+            leaf.key: ReleaseTensor(
+                shape=tuple(getattr(leaf.data, "unpadded_shape", leaf.global_shape)),
+                padded_shape=tuple(leaf.global_shape),
+                dtype=leaf.data.dtype,
+            )
+            for leaf in sharded_leaves(state)
+            if isinstance(leaf.data, torch.Tensor) and leaf.data.is_floating_point()
+        }
+
+
+def _build(parts: ModelParts, vocab_size: int) -> dict[str, Any]:
+    settings, backend = MegatronEngineConfig().megatron_settings(), BACKENDS["torch"]
+    built: dict[str, Any] = {}
+    if parts.vision is not None:
+        built["vision"] = parts.vision.build(settings, backend)
+    if parts.connector is not None:
+        model = parts.whole()
+        built["connector"] = parts.connector.build(
+            model.vision.hidden_size, model.language.hidden_size, settings, backend
+        )
+    if parts.language is not None:
+        built["language"] = LanguageModel(
+            parts.language,
+            parts.language.transformer_config(settings),
+            decoder_layer_specs(parts.language, backend),
+            backend,
+            vocab_size=vocab_size,
+            pre_process=True,
+            post_process=True,
+        )
+    return built

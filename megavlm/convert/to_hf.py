@@ -1,0 +1,186 @@
+"""From a checkpoint of ours to a Hugging Face folder, one tensor at a time."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavlm.checkpoint import RunFolder, durable, find_checkpoint
+from megavlm.checkpoint.weights import CheckpointWeights
+from megavlm.config import load_recipe
+from megavlm.convert.config_of import architecture_of, published_config
+from megavlm.convert.families import FAMILIES
+from megavlm.convert.from_hf import PUBLISHED
+from megavlm.convert.parts import MODEL_NAME, ModelFile, ModelParts, weight_shapes
+from megavlm.convert.read_hf import CONFIG_NAME, read_json
+from megavlm.convert.staging import progress_bar, staged
+from megavlm.convert.weight_map import WeightMap
+from megavlm.convert.write_hf import ShardWriter
+from megavlm.models.part import part_of
+from megavlm.recipe import Recipe
+from megavlm.runtime.log import LOGGER
+
+RECIPE_NAME = "recipe.yaml"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_EMBEDDING = "language.embedding.word_embeddings.weight"
+_CARRIED = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "image_token_id")
+_PART_CONFIGS = ("text_config", "llm_config")
+
+
+def export_folder(
+    source: Path,
+    target: Path,
+    overrides: Sequence[str] = (),
+    *,
+    part: str | None = None,
+    max_shard_bytes: int = 2 * 10**9,
+    dtype: str | None = None,
+) -> Path:
+    """Write a Hugging Face folder from a run folder or a checkpoint.
+
+    Args:
+        source: a run folder, of which the newest checkpoint is taken, or the folder of one checkpoint.
+        target: the folder to write; must not exist.
+        overrides: changes to the checkpoint's recipe (``tokenizer.path=...``).
+        part: ``language`` or ``vision`` of a whole model; None: all that the checkpoint holds.
+        max_shard_bytes: most bytes of tensors in a file.
+        dtype: a key of :data:`DTYPES`; None: as saved.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        ValueError: the checkpoint is damaged or does not hold what its recipe says, or ``transformers`` has no class
+            for the model; nothing is left behind.
+    """
+    checkpoint = find_checkpoint(RunFolder(source))
+    if checkpoint is None:
+        raise ValueError(f"source={source}: holds neither a {CONFIG_NAME} nor a checkpoint. Check the path.")
+    model, seq_length = _read_model(checkpoint, overrides)
+    parts = _chosen(model.model, part)
+    architecture = architecture_of(parts)
+    weights = CheckpointWeights(checkpoint)
+    vocab_size = weights.template(_EMBEDDING).shape[0] if _EMBEDDING in weights else None
+    keys = _check_weights(weights, parts, vocab_size)
+    table = FAMILIES[architecture].weight_map(parts)
+    config = published_config(parts, vocab_size, _carried(checkpoint, model, seq_length))
+    found = [weights.template(key).dtype for key in keys]
+    saved = max(set(found), key=found.count)
+    config["torch_dtype"] = str(DTYPES[dtype] if dtype else saved).removeprefix("torch.")
+    with staged(target) as folder:
+        _write_weights(folder, weights, keys, table, max_shard_bytes, DTYPES[dtype] if dtype else None)
+        _write_json(folder / CONFIG_NAME, config)
+        if parts.language is not None:
+            _write_json(folder / "generation_config.json", _generation(checkpoint, config))
+            _write_tokenizer(folder, checkpoint, model)
+    LOGGER.info("%s: %s, %d tensors of %s", target, architecture, len(keys), checkpoint)
+    if parts.vision is not None:
+        LOGGER.info("%s: the image processor's files are not written; take the original model's", target)
+    return target
+
+
+def _read_model(checkpoint: Path, overrides: Sequence[str]) -> tuple[ModelFile, int | None]:
+    """The parts of a checkpoint, and the row length that a run trained with."""
+    if (checkpoint / MODEL_NAME).is_file():
+        return load_recipe(checkpoint / MODEL_NAME, overrides, ModelFile), None
+    recipe = load_recipe(checkpoint / RECIPE_NAME, overrides, Recipe)
+    return ModelFile(model=ModelParts.of(recipe.model), tokenizer=recipe.tokenizer), recipe.data.seq_length
+
+
+def _chosen(parts: ModelParts, part: str | None) -> ModelParts:
+    if part is None:
+        return parts
+    if part not in parts.names:
+        raise ValueError(f"--part={part}: the checkpoint holds {', '.join(parts.names)}. Choose one of them.")
+    return parts.only(part)
+
+
+def _check_weights(weights: CheckpointWeights, parts: ModelParts, vocab_size: int | None) -> list[str]:
+    """Compare what the parts need with what the checkpoint holds. Returns the keys to write.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape, or would be left out.
+    """
+    shapes = weight_shapes(parts, vocab_size or 1)
+    remedy = f"The model part of {RECIPE_NAME} or the overrides are not of these weights: check them."
+    for key, wanted in shapes.items():
+        if key not in weights:
+            raise ValueError(f"{weights.folder}: does not hold {key}. {remedy}")
+        found = tuple(weights.template(key).shape)
+        if found != wanted.shape:
+            raise ValueError(f"{weights.folder}: {key} has shape {found}, and the model's has {wanted.shape}. {remedy}")
+    extra = [key for key in weights if part_of(key) in parts.names and key not in shapes]
+    if extra:
+        raise ValueError(f"{weights.folder}: {len(extra)} tensors are not in the model, first {extra[0]}. {remedy}")
+    return list(shapes)
+
+
+def _write_weights(
+    folder: Path,
+    weights: CheckpointWeights,
+    keys: Sequence[str],
+    table: WeightMap,
+    max_shard_bytes: int,
+    dtype: torch.dtype | None,
+) -> None:
+    def split(key: str, tensor: Tensor) -> dict[str, Tensor]:
+        rule, names = table.find(key)
+        return dict(zip(names, rule.layout.split(tensor if dtype is None else tensor.to(dtype)), strict=True))
+
+    groups = [split(key, weights.template(key)) for key in keys]
+    with progress_bar() as progress, ShardWriter(folder, groups, max_shard_bytes) as writer:
+        for key in progress.track(keys, description=f"writing {folder.name.split('.writing-')[0]}"):
+            for name, tensor in split(key, weights[key]).items():
+                writer.write(name, tensor)
+
+
+def _carried(checkpoint: Path, model: ModelFile, seq_length: int | None) -> dict[str, Any]:
+    """What transformers wants to know and a recipe does not say: from the model that came in, or the tokenizer."""
+    original = checkpoint / PUBLISHED / CONFIG_NAME
+    if original.is_file():
+        outer = read_json(original)
+        inner = next((outer[name] for name in _PART_CONFIGS if name in outer), outer)
+        return {name: inner.get(name, outer.get(name)) for name in _CARRIED}
+    carried: dict[str, Any] = dict.fromkeys(_CARRIED) | {"max_position_embeddings": seq_length}
+    if model.tokenizer is not None:
+        tokenizer = _own_tokenizer(checkpoint, model).build()
+        carried |= {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.pad_id,
+            "image_token_id": tokenizer.image_token_id,
+        }
+    return carried
+
+
+def _own_tokenizer(checkpoint: Path, model: ModelFile) -> Any:
+    """The tokenizer's config; the checkpoint's copy of the files goes before the recipe's path."""
+    assert model.tokenizer is not None
+    saved = checkpoint / "tokenizer"
+    return model.tokenizer.model_copy(update={"path": saved}) if saved.is_dir() else model.tokenizer
+
+
+def _generation(checkpoint: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    original = checkpoint / PUBLISHED / "generation_config.json"
+    if original.is_file():
+        return read_json(original)
+    text = config.get("text_config", config)
+    return {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in text}
+
+
+def _write_tokenizer(folder: Path, checkpoint: Path, model: ModelFile) -> None:
+    saved = checkpoint / "tokenizer"
+    if saved.is_dir():
+        for file in sorted(saved.iterdir()):
+            durable.copy_file(file, folder / file.name)
+    elif model.tokenizer is not None and model.tokenizer.kind == "huggingface":
+        model.tokenizer.build().save(folder)
+    else:
+        LOGGER.info("%s holds no tokenizer: none is written", checkpoint)
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    durable.write_file(path, (json.dumps(tree, indent=2) + "\n").encode())

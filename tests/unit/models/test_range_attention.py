@@ -86,6 +86,21 @@ def test_gradients_are_those_of_the_sums_and_none_for_what_is_not_seen() -> None
     assert all(leaf.grad.count_nonzero() == 0 for leaf in leaves)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_blocks_on_cuda_give_values_and_gradients() -> None:
+    inputs = random_inputs(torch.float32)
+    upstream = torch.randn(TOKENS, ROWS, HEADS * CHANNELS, generator=torch.Generator().manual_seed(1))
+    leaves = [states.cuda().requires_grad_() for states in inputs[:3]]
+    attended = attention()(*leaves, inputs[3].cuda())
+    (attended * upstream.cuda()).sum().backward()
+    expected = [states.clone().requires_grad_() for states in inputs[:3]]
+    sums = written_out(*expected, inputs[3])
+    (sums * upstream).sum().backward()
+    torch.testing.assert_close(attended.cpu().double(), sums, rtol=0, atol=2e-2)  # TF32 products; never run yet
+    for leaf, wanted in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad.cpu(), wanted.grad, rtol=0, atol=2e-2)
+
+
 def test_the_block_mask_of_cuda_says_the_same() -> None:
     query, key, value, ranges = random_inputs(torch.float32)
     attended = flex_attention(

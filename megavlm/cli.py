@@ -10,8 +10,10 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
@@ -22,10 +24,15 @@ from megavlm.benchmark.speed import measure_speed, print_speed, write_speed
 from megavlm.build import Parts, build_parts, build_processor, check_run
 from megavlm.checkpoint import RunFolder, load_checkpoint
 from megavlm.config import dump_recipe, load_recipe
+from megavlm.convert.folder import convert_folder
+from megavlm.convert.to_hf import DTYPES
 from megavlm.data import Conversation
-from megavlm.evaluation.exact_match import evaluate, write_results
+from megavlm.evaluation.benchmarks import BENCHMARKS
+from megavlm.evaluation.evaluate import evaluate, write_evaluation
+from megavlm.evaluation.metrics import METRICS
 from megavlm.evaluation.picture import draw_samples
-from megavlm.evaluation.table import print_answers, print_score
+from megavlm.evaluation.plan import EvaluationOptions, plan_evaluation
+from megavlm.evaluation.table import print_answers, print_score, write_markdown
 from megavlm.inference.answer import Settings, answer_file, ask, chat, user_turn, writer
 from megavlm.inference.sampling import Sampling
 from megavlm.planning.table import print_plan
@@ -80,14 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_ranks(verb)
     verb.add_argument("--dry-run", action="store_true", help="check and print the resolved recipe, train nothing")
 
-    verb = _add_verb(verbs, "eval", _eval, "answer the validation questions of a run, and score the answers")
-    verb.add_argument("folder", type=Path, help="run folder with a checkpoint")
-    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the run's recipe")
-    _add_ranks(verb)
-    verb.add_argument("--limit", type=int, help="most questions (default: all)")
-    verb.add_argument("--batch-size", type=int, default=32, help="questions at a time on each rank")
-    verb.add_argument("--max-new-tokens", type=int, default=32, help="most tokens of an answer")
-    verb.add_argument("--show", type=int, default=8, help="questions to print")
+    _add_eval(_add_verb(verbs, "eval", _eval, "answer the held-out questions of a run, or a benchmark's, and score"))
 
     verb = _add_verb(verbs, "generate", _generate, "answer a prompt, a file of prompts, or a person in the terminal")
     verb.add_argument("folder", type=Path, help="run folder with a checkpoint")
@@ -109,8 +109,44 @@ def _parser() -> argparse.ArgumentParser:
     verb = _add_verb(verbs, "plan", _plan, "count a recipe's parameters and operations, without memory for them")
     _add_recipe(verb)
 
+    _add_convert(_add_verb(verbs, "convert", _convert, "make a run folder of a Hugging Face folder, or the other way"))
+
     _add_bench(_add_verb(verbs, "bench", None, "time a recipe, or compare variants of recipes"))
     return parser
+
+
+def _add_eval(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("folder", type=Path, help="run folder with a checkpoint")
+    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the run's recipe")
+    _add_ranks(verb)
+    verb.add_argument("--benchmark", choices=sorted(BENCHMARKS), help="default: the recipe's held-out conversations")
+    verb.add_argument("--data", type=Path, metavar="FILE", help="the benchmark's questions")
+    verb.add_argument("--annotations", type=Path, metavar="FILE", help="its answers, if they are a file of their own")
+    verb.add_argument("--images", type=Path, metavar="FOLDER", help="where its images are (default: --data's folder)")
+    verb.add_argument("--split", help="part of it: val2014 in names of COCO's images, validation in MMMU's")
+    verb.add_argument("--metric", choices=sorted(METRICS), help="default: the benchmark's own")
+    verb.add_argument("--prompt-suffix", metavar="TEXT", help="instruction behind each question (default: the usual)")
+    verb.add_argument("--limit", type=int, help="most questions (default: all)")
+    verb.add_argument("--batch-size", type=int, default=32, help="questions at a time on each rank")
+    verb.add_argument("--max-new-tokens", type=int, help="most tokens of an answer (default: the benchmark's, or 32)")
+    verb.add_argument("--output", type=Path, metavar="FOLDER", help="for results; goes on with the answers in it")
+    verb.add_argument("--show", type=int, default=8, help="questions to print")
+
+
+def _add_convert(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "source", type=Path, help="Hugging Face folder (config.json, *.safetensors), run folder, checkpoint"
+    )
+    verb.add_argument("target", type=Path, help="the folder to make: a run folder, or a Hugging Face folder")
+    verb.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="changes to the recipe, or to config.json's model"
+    )
+    verb.add_argument("--recipe", type=Path, help="from Hugging Face: the recipe of the model (default: config.json's)")
+    verb.add_argument("--part", choices=("language", "vision"), help="to Hugging Face: this part alone")
+    verb.add_argument("--max-shard-size", metavar="SIZE", help="to Hugging Face: most bytes of a file (default: 2GB)")
+    verb.add_argument(
+        "--dtype", choices=sorted(DTYPES), help="to Hugging Face: type of the weights (default: as saved)"
+    )
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
@@ -172,19 +208,20 @@ def _train(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     checkpoint, recipe = _find_run(options)
+    asked = EvaluationOptions(**{field.name: getattr(options, field.name) for field in fields(EvaluationOptions)})
+    plan = plan_evaluation(asked, checkpoint, recipe)
     if _must_start_ranks(options):
         _start_ranks(recipe, options.nproc_per_node)
         return
     with _loaded(checkpoint, recipe) as (parts, me):
-        score, answers = evaluate(
-            parts, limit=options.limit, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens
-        )
+        evaluation = evaluate(parts, plan)
         if me.rank == 0:
-            print_answers(answers, most=options.show)
-            print_score(score)
-            results = write_results(options.folder, score, answers)
-            draw_samples(options.folder / "samples.png", answers, parts.processor)
-            LOGGER.info("answers: %s, picture: %s", results, options.folder / "samples.png")
+            print_answers(evaluation.answers, most=options.show)
+            print_score(evaluation)
+            results = write_evaluation(plan.output, evaluation)
+            table = write_markdown(plan.output, evaluation)
+            draw_samples(plan.output / "samples.png", evaluation.answers, parts.processor)
+            LOGGER.info("answers: %s, table: %s, picture: %s", results, table, plan.output / "samples.png")
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -244,6 +281,22 @@ def _loaded(checkpoint: Path, recipe: Recipe) -> Iterator[tuple[Parts, Process]]
 def _plan(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides, Recipe)
     print_plan(recipe)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    if torch.cuda.is_available():  # shapes come from a model on the meta device, which megatron-core gives no CUDA
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        os.execve(sys.executable, [sys.executable, "-m", "megavlm", *sys.argv[1:]], environment)
+    start_log()
+    convert_folder(
+        options.source,
+        options.target,
+        options.overrides,
+        recipe=options.recipe,
+        part=options.part,
+        max_shard_size=options.max_shard_size,
+        dtype=options.dtype,
+    )
 
 
 def _bench_speed(options: argparse.Namespace) -> None:

@@ -8,14 +8,14 @@ import matplotlib.pyplot as plt
 
 from megavlm.data import SampleProcessor
 from megavlm.data.image import load_image
-from megavlm.evaluation.exact_match import Answer
+from megavlm.evaluation.score import ScoredAnswer
 
 matplotlib.use("Agg")  # no screen on a cluster
 
 _COLUMNS = 3
 
 
-def draw_samples(path: Path, answers: Sequence[Answer], processor: SampleProcessor, *, most: int = 9) -> None:
+def draw_samples(path: Path, answers: Sequence[ScoredAnswer], processor: SampleProcessor, *, most: int = 9) -> None:
     """Draw some answered questions, those with most tiles first and wrong ones among them if there are any.
 
     Args:
@@ -24,7 +24,7 @@ def draw_samples(path: Path, answers: Sequence[Answer], processor: SampleProcess
         processor: knows how images are tiled.
         most: pictures to draw.
     """
-    chosen = _choose([answer for answer in answers if answer.images], most)
+    chosen = _choose([answer for answer in answers if answer.images and not answer.problem], most)
     if not chosen:
         return
     num_rows = -(-len(chosen) // _COLUMNS)
@@ -41,23 +41,28 @@ def draw_samples(path: Path, answers: Sequence[Answer], processor: SampleProcess
             axes.axhline(row * image.height / layout.rows - 0.5, color="tab:cyan", linewidth=1.2)
         mark = "right" if answer.is_right else "WRONG"
         axes.set_title(
-            f"{answer.question}\nmodel: {answer.answer}   truth: {answer.reference}   ({mark})",
+            _plain(f"{answer.question}\nmodel: {answer.answer}   truth: {answer.references[0]}   ({mark})"),
             fontsize=9,
             color="tab:green" if answer.is_right else "tab:red",
             wrap=True,
         )
-    figure.suptitle("Held-out questions (cyan: borders of the tiles)", fontsize=11)
+    figure.suptitle("Some of the questions (cyan: borders of the tiles)", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-def _choose(answers: Sequence[Answer], most: int) -> list[Answer]:
+def _choose(answers: Sequence[ScoredAnswer], most: int) -> list[ScoredAnswer]:
     """Up to a third wrong answers, the rest right ones, spread over the numbers of tiles."""
-    by_tiles = sorted(answers, key=lambda answer: -answer.num_tiles)
+    by_tiles = sorted(answers, key=lambda answer: -(answer.num_tiles or 0))
     wrong = [answer for answer in by_tiles if not answer.is_right]
     right = [answer for answer in by_tiles if answer.is_right]
     num_wrong = min(len(wrong), max(most // 3, most - len(right)))
     num_right = min(len(right), most - num_wrong)
     spread = [right[index * len(right) // num_right] for index in range(num_right)] if num_right else []
     return [*spread, *wrong[:num_wrong]]
+
+
+def _plain(text: str) -> str:
+    """Text of which matplotlib takes nothing for a formula."""
+    return text.replace("$", r"\$")

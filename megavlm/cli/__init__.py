@@ -1,0 +1,59 @@
+"""The ``megavlm`` command: one file for each verb.
+
+A recipe and ``key.path=value`` overrides say the rest. ``--nproc-per-node N`` starts N ranks on this machine; under
+torchrun or srun the verb is one of the ranks.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from megavlm import __version__
+from megavlm.cli import bench, convert, evaluate, generate, plan, train
+from megavlm.runtime.log import quiet_third_parties
+
+_VERBS = (train, evaluate, generate, plan, convert, bench)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; exits with 0, with 1 after an error, or with 2 when the command line is wrong.
+
+    What a user can mend ends in one line; ``MEGAVLM_TRACEBACK=1`` shows where it was raised.
+    """
+    options = _parse(arguments)
+    quiet_third_parties()
+    try:
+        options.run(options)
+    except ValueError as error:
+        if os.environ.get("MEGAVLM_TRACEBACK"):
+            raise
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"[rank {rank}] "
+        sys.exit(f"{where}megavlm {options.verb}: error: {error}")
+    except ChildFailedError as error:
+        sys.exit(max(1, error.get_first_failure()[1].exitcode))  # the ranks have said why
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line. Overrides may stand anywhere after the recipe, between options too."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [text for text in rest if text.startswith("-") or not hasattr(options, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megavlm", description="Trains vision-language models on megatron-core.")
+    parser.add_argument("--version", action="version", version=f"megavlm {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in _VERBS:
+        verb.add(verbs)
+    return parser

@@ -1,0 +1,47 @@
+"""``megavlm convert``."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from megavlm.cli.argument import add_verb
+from megavlm.convert.folder import convert_folder
+from megavlm.convert.to_hf import DTYPES
+from megavlm.runtime.log import start_log
+
+
+def add(verbs: argparse._SubParsersAction) -> None:
+    """Add the verb."""
+    verb = add_verb(verbs, "convert", _convert, "make a run folder of a Hugging Face folder, or the other way")
+    verb.add_argument(
+        "source", type=Path, help="Hugging Face folder (config.json, *.safetensors), run folder, checkpoint"
+    )
+    verb.add_argument("target", type=Path, help="the folder to make: a run folder, or a Hugging Face folder")
+    verb.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="changes to the recipe, or to config.json's model"
+    )
+    verb.add_argument("--recipe", type=Path, help="from Hugging Face: the recipe of the model (default: config.json's)")
+    verb.add_argument("--part", choices=("language", "vision"), help="to Hugging Face: this part alone")
+    verb.add_argument("--max-shard-size", metavar="SIZE", help="to Hugging Face: most bytes of a file (default: 2GB)")
+    verb.add_argument(
+        "--dtype", choices=sorted(DTYPES), help="to Hugging Face: type of the weights (default: as saved)"
+    )
+
+
+def _convert(options: argparse.Namespace) -> None:
+    if torch.cuda.is_available():  # shapes come from a model on the meta device, which megatron-core gives no CUDA
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        os.execve(sys.executable, [sys.executable, "-m", "megavlm", *sys.argv[1:]], environment)
+    start_log()
+    convert_folder(
+        options.source,
+        options.target,
+        options.overrides,
+        recipe=options.recipe,
+        part=options.part,
+        max_shard_size=options.max_shard_size,
+        dtype=options.dtype,
+    )

@@ -9,6 +9,7 @@ import torch
 
 from megavlm.cli.argument import add_verb
 from megavlm.convert.folder import convert_folder
+from megavlm.convert.receipt import make_receipt
 from megavlm.convert.to_hf import DTYPES
 from megavlm.runtime.log import start_log
 
@@ -29,6 +30,13 @@ def add(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "--dtype", choices=sorted(DTYPES), help="to Hugging Face: type of the weights (default: as saved)"
     )
+    receipt = verb.add_mutually_exclusive_group()
+    receipt.add_argument(
+        "--verify", action="store_true", help="then compare tensors and outputs of both; receipt.md in the target"
+    )
+    receipt.add_argument(
+        "--verify-only", action="store_true", help="the same for a target that is there already; converts nothing"
+    )
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -36,12 +44,28 @@ def _convert(options: argparse.Namespace) -> None:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         os.execve(sys.executable, [sys.executable, "-m", "megavlm", *sys.argv[1:]], environment)
     start_log()
-    convert_folder(
-        options.source,
-        options.target,
-        options.overrides,
-        recipe=options.recipe,
-        part=options.part,
-        max_shard_size=options.max_shard_size,
-        dtype=options.dtype,
-    )
+    if options.verify_only:
+        _refuse_settings(options)
+    else:
+        convert_folder(
+            options.source,
+            options.target,
+            options.overrides,
+            recipe=options.recipe,
+            part=options.part,
+            max_shard_size=options.max_shard_size,
+            dtype=options.dtype,
+        )
+    if options.verify or options.verify_only:
+        receipt = make_receipt(options.source, options.target, options.overrides)
+        receipt.print()
+        receipt.require()
+
+
+def _refuse_settings(options: argparse.Namespace) -> None:
+    """Refuse what only a conversion can use."""
+    for name in ("recipe", "part", "max_shard_size", "dtype"):
+        if (value := getattr(options, name)) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')}={value}: is for a conversion, and --verify-only makes none. Leave it out."
+            )

@@ -1,5 +1,6 @@
 """``megavlm convert``: out of a trained run, back in, and on with training."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,16 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
+def check_receipt(path: Path) -> None:
+    receipt = json.loads(path.read_text(encoding="utf-8"))
+    assert receipt["holds"]
+    assert all(row["bit_equal"] for row in receipt["tensors"])
+    names = ["sentence 1", "sentence 2", "sentence 3", "picture 1", "picture 2"]
+    assert [row["name"] for row in receipt["outputs"]] == names
+    # Worst seen: 2.2e-7.
+    assert max(row["max_rel"] for row in receipt["outputs"]) < 5e-6
+
+
 def test_a_trained_model_goes_out_and_comes_back(megavlm: Run, recipe: Path, tmp_path: Path) -> None:
     tree = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     tree["model"]["connector"] = {"kind": "mlp", "bias": True}  # as InternVL's
@@ -25,8 +36,10 @@ def test_a_trained_model_goes_out_and_comes_back(megavlm: Run, recipe: Path, tmp
     result = megavlm("train", recipe, "training.train_iters=4")
     assert result.returncode == 0, result.stdout
 
-    result = megavlm("convert", "run", "hf", "--max-shard-size", "60KB")
+    result = megavlm("convert", "run", "hf", "--max-shard-size", "60KB", "--verify")
     assert result.returncode == 0, result.stdout
+    assert "receipt: holds, for tensors and logits" in result.stdout
+    check_receipt(tmp_path / "hf" / "receipt.json")
     assert "InternVLForConditionalGeneration" in result.stdout
     names = {path.name for path in (tmp_path / "hf").iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.model"} <= names

@@ -1,0 +1,119 @@
+"""The inputs that both sides of a conversion are given: sentences, and pictures that come with matplotlib."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.cbook import get_sample_data
+from torch import Tensor
+
+from megavlm.convert.receipt.pair import Pair
+from megavlm.data.image import load_image
+from megavlm.data.tilings.whole import WholeTiling
+from megavlm.data.tokenizers import HuggingFaceTokenizerConfig, SentencePieceTokenizerConfig, Tokenizer
+from megavlm.models.vision import AnyVisionConfig
+
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog near the river bank.",
+    "In 1969 two people walked on the Moon, and 600 million watched them.",
+    "def area(width, height): return width * height  # of a rectangle",
+)
+PICTURES = ("grace_hopper.jpg", "Minduka_Present_Blue_Pack.png")
+_BEFORE, _AFTER = "A picture:", " What does it show? It shows"
+_RANDOM_LENGTHS = (16, 24, 32)
+_RANDOM_AROUND = (4, 8)
+_SEED = 20240914
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One input. Shape letters: S tokens, T tiles (0 or 1), H W pixels."""
+
+    name: str
+    tokens: Tensor
+    """``[S]`` int64, placeholders included; empty for a vision encoder alone."""
+    tiles: Tensor
+    """``[T, 3, H, W]`` uint8."""
+    pixel_values: Tensor
+    """``[T, 3, H, W]`` float32: the tiles as our vision encoder normalises them."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """All inputs, and what was left out."""
+
+    probes: list[Probe]
+    image_token_id: int
+    """-1 where there is none: no picture is among the inputs."""
+    vocab_size: int
+    """Tokens that both sides know; 0 for a vision encoder alone."""
+    not_compared: list[str]
+
+
+def make_probes(pair: Pair, vocab_size: int, image_token_id: int) -> Probes:
+    """Make the inputs for a pair of folders.
+
+    Args:
+        pair: the folders.
+        vocab_size: tokens that both sides know; 0 without a language model.
+        image_token_id: the published model's placeholder; -1 if it has none.
+
+    Raises:
+        ValueError: the folder's tokenizer is damaged.
+    """
+    parts, left_out = pair.parts, []
+    pictures = []
+    if parts.vision is not None:
+        pictures = [(f"picture {n}", *_tile(file, parts.vision)) for n, file in enumerate(PICTURES, start=1)]
+    if parts.language is None:
+        return Probes([Probe(n, _no_tokens(), tile, pixels) for n, tile, pixels in pictures], -1, 0, [])
+    if pictures and not 0 <= image_token_id < vocab_size:
+        left_out.append(f"pictures not compared: image_token_id={image_token_id} is none of the {vocab_size} tokens")
+        pictures, image_token_id = [], -1
+    texts, around = _texts(pair.published.path, vocab_size, image_token_id)
+    nothing = torch.zeros(0, 3, 1, 1)
+    probes = [Probe(name, tokens, nothing.byte(), nothing) for name, tokens in texts]
+    for name, tile, pixels in pictures:
+        placeholders = torch.full((parts.whole().tokens_per_tile,), image_token_id)
+        probes.append(Probe(name, torch.cat([around[0], placeholders, around[1]]), tile, pixels))
+    return Probes(probes, image_token_id, vocab_size, left_out)
+
+
+def _texts(folder: Path, vocab_size: int, image_token_id: int) -> tuple[list[tuple[str, Tensor]], list[Tensor]]:
+    """Rows of text by name, and what stands before and after a picture."""
+    tokenizer = _find_tokenizer(folder)
+    if tokenizer is not None:
+        rows = [tokenizer.encode(text, starts_text=True) for text in SENTENCES]
+        around = [tokenizer.encode(_BEFORE, starts_text=True), tokenizer.encode(_AFTER)]
+        if all(0 <= token < vocab_size and token != image_token_id for row in rows + around for token in row):
+            names = [f"sentence {number}" for number in range(1, len(rows) + 1)]
+            return list(zip(names, map(torch.tensor, rows), strict=True)), [torch.tensor(row) for row in around]
+    generator = torch.Generator().manual_seed(_SEED)
+
+    def draw(length: int) -> Tensor:
+        tokens = torch.randint(vocab_size, (length,), generator=generator)
+        return torch.where(tokens == image_token_id, (tokens + 1) % vocab_size, tokens)
+
+    names = [f"random tokens {number}" for number in range(1, len(_RANDOM_LENGTHS) + 1)]
+    return [(n, draw(k)) for n, k in zip(names, _RANDOM_LENGTHS, strict=True)], [draw(k) for k in _RANDOM_AROUND]
+
+
+def _find_tokenizer(folder: Path) -> Tokenizer | None:
+    if (folder / "tokenizer.json").is_file():
+        return HuggingFaceTokenizerConfig(path=folder).build()
+    if (folder / "tokenizer.model").is_file():
+        return SentencePieceTokenizerConfig(path=folder).build()
+    return None
+
+
+def _tile(name: str, vision: AnyVisionConfig) -> tuple[Tensor, Tensor]:
+    """A picture as one tile ``[1, 3, H, W]`` of bytes, and as pixel values."""
+    image = load_image(str(get_sample_data(name, asfileobj=False)))
+    tiling = WholeTiling(vision.image_size)
+    tile = tiling.cut(image, tiling.layout(image.width, image.height))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (vision.image_mean, vision.image_std))
+    return tile, (tile.float() / 255 - mean) / std
+
+
+def _no_tokens() -> Tensor:
+    return torch.zeros(0, dtype=torch.int64)

@@ -1,0 +1,95 @@
+"""The Hugging Face side's answers, from a process that knows ``transformers`` and nothing of this project."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from safetensors.torch import load_file, save_file
+
+from megavlm.convert.receipt.output import Answers
+from megavlm.convert.receipt.pair import Pair
+from megavlm.convert.receipt.probe import Probes
+
+_PROGRAM = Path(__file__).with_name("reload.py")
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Reload:
+    """How ``transformers`` loaded the folder."""
+
+    class_name: str
+    versions: dict[str, str]
+    loading_info: dict[str, list[str]]
+    """What it said: names that are missing, unexpected, of another shape, and so on; empty lists if all is well."""
+
+    def faults(self, pair: Pair) -> list[str]:
+        """What it complained of. An imported folder may hold what the weight map says that nobody needs."""
+        found = []
+        for kind, names in self.loading_info.items():
+            allowed = kind == "unexpected_keys" and pair.is_import
+            counted = [
+                name for name in names if not (allowed and pair.table.is_unused(pair.table.in_table_spelling(name)))
+            ]
+            if counted:
+                found.append(f"{self.class_name}: {kind.replace('_', ' ')}: {', '.join(counted[:8])}")
+        return found
+
+
+class ReloadError(ValueError):
+    """``transformers`` cannot load the folder, or fails on the inputs."""
+
+
+def has_class(architecture: str) -> bool:
+    """Whether ``transformers`` has the class itself. What comes with a folder's own code is never run."""
+    return hasattr(transformers, architecture)
+
+
+def ask_theirs(pair: Pair, probes: Probes, num_new_tokens: int) -> tuple[Reload, Answers]:
+    """Load the published folder in a fresh process, in float32, and run the probes.
+
+    Raises:
+        ReloadError: the process failed; ends with its last line.
+    """
+    vision = pair.parts.vision
+    request = {
+        "folder": str(pair.published.path.absolute()),
+        "architecture": pair.architecture,
+        "num_probes": len(probes.probes),
+        "num_new_tokens": num_new_tokens,
+        "image_token_id": probes.image_token_id,
+        "num_vision_layers": None if vision is None else vision.num_layers_built,
+        "keep_class_token": vision is not None and vision.keep_class_token,
+    }
+    inputs = {f"tokens.{number}": probe.tokens for number, probe in enumerate(probes.probes) if probe.tokens.numel()}
+    for number, probe in enumerate(probes.probes):
+        if probe.tiles.shape[0]:
+            inputs[f"pixel_values.{number}"] = probe.pixel_values.contiguous()
+    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        save_file(inputs, folder / "probes.safetensors")
+        result = subprocess.run(
+            [sys.executable, "-P", str(_PROGRAM), name],  # -P: the files beside it are not modules of its own
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environment | {"HF_HUB_OFFLINE": "1"},
+            check=False,
+        )
+        if result.returncode:
+            lines = result.stdout.strip().splitlines() or [f"exit code {result.returncode}"]
+            raise ReloadError(f"transformers' {pair.architecture} fails on {pair.published.path}: {lines[-1]}")
+        answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+        outputs = load_file(folder / "answers.safetensors")
+    assert not answer["foreign_modules"], answer["foreign_modules"]
+    versions = {package: answer[package] for package in ("transformers", "torch")}
+    reload = Reload(answer["class"], versions, answer["loading_info"])
+    return reload, Answers([outputs[f"output.{n}"] for n in range(len(outputs))], answer["continuations"])

@@ -1,5 +1,6 @@
 """A run is killed while it saves, at every moment that the file system can see: what was saved before still loads."""
 
+import multiprocessing
 import os
 import resource
 import shutil
@@ -23,18 +24,30 @@ CHANGES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmt
 NO_MOMENT = 77
 
 
-def in_child(function: Callable[[], None]) -> int:
-    """Run a function in a forked process, which imports nothing again. Returns its exit status."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            with process.process():
-                function()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitpid(child, 0)[1]
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["megavlm", "megavlm.checkpoint", "megavlm.models.vlm"])  # what takes seconds
+_MOST_SECONDS = 60.0
+
+
+def in_child(function: Callable[..., None], *args: Any) -> int:
+    """Run a function in a process that imports nothing again. Returns its exit status, -N if signal N ended it.
+
+    It is forked from a server that has only imported, because other tests leave threads in this process, and what they
+    hold stays locked in a fork of it.
+    """
+    child = _FORKS.Process(target=_in_a_run, args=(function, args))
+    child.start()
+    child.join(_MOST_SECONDS)
+    if child.is_alive():
+        child.kill()
+        child.join()
+        raise AssertionError(f"{function.__name__} took more than {_MOST_SECONDS:.0f} s")
+    return child.exitcode
+
+
+def _in_a_run(function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    with process.process():
+        function(*args)
 
 
 def save(run_folder: Path, step: int) -> None:
@@ -59,11 +72,25 @@ def kill_at(moment: int, run_folder: Path) -> None:
     sys.addaudithook(watch)
 
 
+def save_killed_at(moment: int, run_folder: Path) -> None:
+    """Save, but die at a moment."""
+    kill_at(moment, run_folder)
+    save(run_folder, STEP)
+
+
+def save_with_short_files(num_bytes: int, run_folder: Path) -> None:
+    """Save, but be ended by the kernel when a file is longer than ``num_bytes``."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    save(run_folder, STEP)
+
+
 @pytest.fixture
 def before(tmp_path: Path) -> Path:
     """A run folder with one checkpoint."""
     folder = tmp_path / "before"
-    assert in_child(lambda: save(folder, STEP_BEFORE)) == 0
+    assert in_child(save, folder, STEP_BEFORE) == 0
     return folder
 
 
@@ -90,12 +117,8 @@ def test_killed_at_each_moment(before: Path, tmp_path: Path) -> None:
     for moment in range(1, 200):
         run_folder = Path(shutil.copytree(before, tmp_path / str(moment)))
 
-        def interrupted(moment: int = moment, run_folder: Path = run_folder) -> None:
-            kill_at(moment, run_folder)
-            save(run_folder, STEP)
-
-        status = in_child(interrupted)
-        assert status in (0, signal.SIGKILL)
+        status = in_child(save_killed_at, moment, run_folder)
+        assert status in (0, -signal.SIGKILL)
         steps.append(check_after(run_folder))
         if status == 0:
             break
@@ -107,14 +130,7 @@ def test_killed_at_each_moment(before: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_bytes", [0, 1, 100, 3_000, 20_000, 60_000])
 def test_killed_in_the_middle_of_a_file(before: Path, num_bytes: int) -> None:
     """The kernel ends the process when a file of it reaches a size."""
-
-    def interrupted() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
-        save(before, STEP)
-
-    assert in_child(interrupted) & 0x7F == signal.SIGXFSZ
+    assert in_child(save_with_short_files, num_bytes, before) == -signal.SIGXFSZ
     leftovers = [path for path in before.iterdir() if ".writing-" in path.name]
     assert len(leftovers) == 1
     assert check_after(before) == STEP_BEFORE
@@ -132,11 +148,7 @@ def load_newest(run_folder: Path) -> tuple[int, dict[str, Any], bool]:
 
 
 def test_the_next_run_loads_and_saves_again(before: Path) -> None:
-    def interrupted() -> None:
-        kill_at(15, before)
-        save(before, STEP)
-
-    assert in_child(interrupted) == signal.SIGKILL
+    assert in_child(save_killed_at, 15, before) == -signal.SIGKILL
     assert check_after(before) == STEP_BEFORE
     assert run_ranks(load_newest, 1, before)[0] == (STEP_BEFORE, {"step": STEP_BEFORE}, True)
     run_ranks(save, 1, before, STEP)

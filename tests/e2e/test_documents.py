@@ -25,6 +25,7 @@ SMALL = {
     "examples/nvlm/compare.yaml": ["train=false", ONE_ROUND],
     "examples/nvlm/compare_speed.yaml": [ONE_ROUND, "training.global_batch_size=2"],
     "examples/nvlm/tile_tags.yaml": ["train=false", ONE_ROUND],
+    "examples/nvlm/tile_tags_x.yaml": ["train=false", ONE_ROUND],
 }
 
 

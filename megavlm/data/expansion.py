@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megavlm.batch import TileRoute
 from megavlm.data.chat_template import BOS, EOS, Segment, Special
+from megavlm.data.tilings import TileLayout
 from megavlm.data.tokenizers import Tokenizer
 
 ImageWrapper = Literal["nvlm", "internvl", "none"]
@@ -109,6 +110,25 @@ class Expansion:
     """``[T, G]`` int64: ids of the tag that goes into the context with each tile, -1 behind its end."""
     tokens_per_image: tuple[int, ...]
     """Tags and image tokens of each image."""
+
+
+def route_image(
+    tag_ids: Sequence[tuple[int, ...]], layout: TileLayout, tokens_per_tile: int, route: TileRoute
+) -> ImageTokens:
+    """Say which tokens an image gets, tile by tile (:func:`route_tile`).
+
+    Args:
+        tag_ids: of each tile's tag.
+        layout: its tiles.
+        tokens_per_tile: tokens that the connector gives for a tile.
+        route: how the model takes tiles.
+    """
+    return ImageTokens(
+        tuple(
+            route_tile(tag, tokens_per_tile, route, is_whole_image=layout.is_whole_image(tile))
+            for tile, tag in enumerate(tag_ids)
+        )
+    )
 
 
 def encode_segments(

@@ -16,7 +16,7 @@ from megavlm.data.expansion import (
     count_tokens,
     encode_segments,
     expand,
-    route_tile,
+    route_image,
     special_token_id,
 )
 from megavlm.data.image import ImageError, load_image, read_image_size
@@ -123,18 +123,8 @@ class SampleProcessor:
             max_tiles=self.tiling.max_tiles,
             thumbnail_tag=self.config.thumbnail_tag,
         )
-        num_regular = layout.num_tiles - int(layout.has_thumbnail or layout.num_tiles == 1)
-        return ImageTokens(
-            tuple(
-                route_tile(
-                    tuple(self.tokenizer.encode(tag)) if tag else (),
-                    self.tokens_per_tile,
-                    self.route,
-                    is_whole_image=number >= num_regular,
-                )
-                for number, tag in enumerate(tags)
-            )
-        )
+        tag_ids = [tuple(self.tokenizer.encode(tag)) if tag else () for tag in tags]
+        return route_image(tag_ids, layout, self.tokens_per_tile, self.route)
 
     def _make(self, key: str, segments: list[Segment]) -> Sample:
         runs = encode_segments(segments, self.tokenizer, self.config.image_wrapper)

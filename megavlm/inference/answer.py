@@ -1,5 +1,6 @@
 """Answers to prompts: one, a file of them, or a conversation in the terminal."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -164,23 +165,13 @@ def answer_file(
 
 def _opened(output: Path, is_writer: bool) -> Any:
     if not is_writer:
-        return _Nothing()
+        return contextlib.nullcontext()
     try:
         return output.open("x", encoding="utf-8")
     except FileExistsError:
         raise ValueError(f"--output={output}: exists. Delete it or choose another name.") from None
     except OSError as error:
         raise ValueError(f"--output={output}: cannot be written ({error.strerror}). Choose another name.") from None
-
-
-class _Nothing:
-    """Stands for the output on ranks that do not write."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 def _answer_rows(

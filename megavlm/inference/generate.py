@@ -130,12 +130,10 @@ class _Cached:
             )
         self._parts = parts
         self._batch = _padded_on_the_left(parts, prompts)
-        num_rows, length = self._batch.tokens.shape
+        length = self._batch.tokens.shape[1]
         num_pads = torch.tensor([length - prompt.num_tokens for prompt in prompts])
         self._cache = KeyValueCache(num_pads.to(parts.engine.device), length + max_new_tokens)
-        self._length = length
         self._last_visible = self._batch.visible_tiles[:, -1:]
-        self._num_rows = num_rows
 
     def logits(self, tokens: list[int] | None) -> Tensor:
         """Return ``[N, V]`` for the next token, after ``tokens``."""
@@ -157,7 +155,7 @@ class _Cached:
             labels=torch.zeros_like(column),
             loss_mask=torch.zeros(column.shape),
             position_ids=torch.zeros_like(column),  # the cache knows them
-            cu_seqlens=torch.arange(self._num_rows + 1, dtype=torch.int32),
+            cu_seqlens=torch.arange(len(tokens) + 1, dtype=torch.int32),
             tiles=self._batch.tiles[:0],
             visible_tiles=self._last_visible,
         )

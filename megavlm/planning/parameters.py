@@ -12,16 +12,29 @@ from megavlm.recipe import Recipe
 from megavlm.runtime.fake_world import fake_world
 
 
-def count_recipe_parameters(recipe: Recipe) -> Counter[str]:
+def recipe_vocab_size(recipe: Recipe) -> int:
+    """Tokens of the recipe's model: as it says, or as many as its tokenizer has.
+
+    Raises:
+        ValueError: the tokenizer is needed and cannot be read.
+    """
+    return recipe.model.language.vocab_size or recipe.tokenizer.build().vocab_size
+
+
+def count_recipe_parameters(recipe: Recipe, vocab_size: int | None = None) -> Counter[str]:
     """Return parameters per part of the whole model, vocabulary and head padding not counted.
 
     The model is built on the ``meta`` device, undivided; the recipe's layout does not matter. The tokenizer's
     vocabulary counts unless ``model.language.vocab_size`` is given.
 
+    Args:
+        recipe: of the model.
+        vocab_size: :func:`recipe_vocab_size`, where it is known already.
+
     Raises:
         ValueError: the tokenizer is needed and cannot be read.
     """
-    vocab_size = recipe.model.language.vocab_size or recipe.tokenizer.build().vocab_size
+    vocab_size = recipe_vocab_size(recipe) if vocab_size is None else vocab_size
     with fake_world(world_size=1, rank=0):
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
         settings = MegatronEngineConfig(precision=recipe.engine.precision).megatron_settings()

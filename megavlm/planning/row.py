@@ -3,7 +3,7 @@
 import torch
 
 from megavlm.batch import Batch
-from megavlm.data.expansion import ImageTokens, route_tile
+from megavlm.data.expansion import route_image
 from megavlm.recipe import Recipe
 
 
@@ -15,13 +15,10 @@ def full_row(recipe: Recipe) -> Batch:
     size = recipe.model.vision.image_size
     tiling = recipe.data.tiling.build(size)
     layout = tiling.layout(tiling.max_tiles * size, size)
-    num_regular = layout.num_tiles - int(layout.has_thumbnail or layout.num_tiles == 1)
-    tiles = tuple(
-        route_tile((), recipe.model.tokens_per_tile, recipe.model.fusion.tile_route, is_whole_image=tile >= num_regular)
-        for tile in range(layout.num_tiles)
-    )
-    length, num_image_tokens = recipe.data.seq_length, ImageTokens(tiles).num_tokens
-    context = [tile.context_length for tile in tiles]
+    route = recipe.model.fusion.tile_route
+    image = route_image([()] * layout.num_tiles, layout, recipe.model.tokens_per_tile, route)
+    length, num_image_tokens = recipe.data.seq_length, image.num_tokens
+    context = [tile.context_length for tile in image.tiles]
     loss_mask = torch.ones(1, length)
     loss_mask[:, :num_image_tokens] = 0.0
     return Batch(
@@ -36,5 +33,5 @@ def full_row(recipe: Recipe) -> Batch:
         tile_rows=torch.zeros(layout.num_tiles, dtype=torch.int64),
         tile_context=torch.tensor(context),
         tile_tags=torch.zeros(layout.num_tiles, 0, dtype=torch.int64),
-        context_length=max(1, sum(context)) if recipe.model.fusion.tile_route.uses_context else 0,
+        context_length=max(1, sum(context)) if route.uses_context else 0,
     )

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megavlm.planning.flops import count_flops
-from megavlm.planning.parameters import count_recipe_parameters
+from megavlm.planning.parameters import count_recipe_parameters, recipe_vocab_size
 from megavlm.planning.row import full_row
 from megavlm.recipe import Recipe
 
@@ -15,9 +15,9 @@ def print_plan(recipe: Recipe) -> None:
     Raises:
         ValueError: the tokenizer is needed for the size of the vocabulary and cannot be read.
     """
-    parameters = count_recipe_parameters(recipe)
+    vocab_size = recipe_vocab_size(recipe)
+    parameters = count_recipe_parameters(recipe, vocab_size)
     row = full_row(recipe)
-    vocab_size = recipe.model.language.vocab_size or recipe.tokenizer.build().vocab_size
     trainable = recipe.training.trainable
     flops = count_flops(recipe.model, row, vocab_size=vocab_size, trainable=trainable)
     context = f" and {row.context_length} of context" if row.context_length else ""

@@ -144,18 +144,20 @@ def _start_from_weights(recipe: Recipe, engine: MegatronEngine) -> None:
     Raises:
         ValueError: they do not fit, or a part that none of them holds would stay as it was drawn.
     """
+    sources = recipe.checkpoint.pretrained_checkpoints
+    if not sources:
+        return
     absent = set(PARTS)
-    for source in recipe.checkpoint.pretrained_checkpoints:
+    for source in sources:
         verify = recipe.checkpoint.verify
         loaded = load_checkpoint(source, engine, with_optimizer=False, verify=verify, allow_missing_parts=PARTS)
         absent &= {part_of(key) for key in loaded.missing}
         LOGGER.info("starting from the weights of %s", source)
-    frozen = sorted(absent.difference(recipe.training.trainable)) if recipe.checkpoint.pretrained_checkpoints else []
-    if frozen:
-        sources = ", ".join(map(str, recipe.checkpoint.pretrained_checkpoints))
+    if frozen := sorted(absent.difference(recipe.training.trainable)):
         raise ValueError(
-            f"training.trainable={recipe.training.trainable}: {sources} holds no {' and no '.join(frozen)}, so that "
-            "would stay untrained. Add it to the parts that train, or give weights for it."
+            f"training.trainable={recipe.training.trainable}: {', '.join(map(str, sources))} holds no "
+            f"{' and no '.join(frozen)}, so that would stay untrained. Add it to the parts that train, or "
+            "give weights for it."
         )
 
 

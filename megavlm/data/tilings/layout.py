@@ -22,6 +22,10 @@ class TileLayout:
         """Tiles of the image, the thumbnail included."""
         return self.columns * self.rows + int(self.has_thumbnail)
 
+    def is_whole_image(self, tile: int) -> bool:
+        """Whether a tile (counted from 0) shows the whole image: the thumbnail, or the only tile."""
+        return self.num_tiles == 1 or (self.has_thumbnail and tile == self.num_tiles - 1)
+
 
 def cut_tiles(image: Image.Image, layout: TileLayout, tile_size: int) -> Tensor:
     """Resize an image to its grid and cut it.

@@ -84,6 +84,8 @@ class Batch:
     context_length: int = 0
     """C: each row's context is padded to it; 0 for a model without cross-attention. A batch of texts has a context too
     (of padding), so that every micro-batch runs the same communication."""
+    row_lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """``[N]`` int64: tokens of each row before the padding on its right; may be left empty where no row has any."""
     skipped: list[SkippedSample] = field(default_factory=list)
     """Samples whose rows train nothing, with the reasons."""
     num_degraded: int = 0
@@ -93,6 +95,19 @@ class Batch:
     def is_packed(self) -> bool:
         """Whether any row holds more than one sample."""
         return self.cu_seqlens.numel() - 1 > self.tokens.shape[0]
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Tokens without padding, 0-d int64."""
+        if self.row_lengths.numel() == 0:
+            return torch.tensor(self.tokens.numel(), device=self.tokens.device)
+        return self.row_lengths.sum()
+
+    def is_padding(self) -> Tensor | None:
+        """Which tokens are padding: ``[N, S]`` bool; None: none."""
+        if self.row_lengths.numel() == 0:
+            return None
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) >= self.row_lengths.unsqueeze(1)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields by name, in their declared order."""
@@ -135,7 +150,7 @@ class Batch:
         if context_length is not None and context_length != self.context_length:
             assert context_length > self.context_length > 0, (self.context_length, context_length)
             return dataclasses.replace(self, context_length=context_length).padded_to(length)
-        old_length = self.tokens.shape[1]
+        num_rows, old_length = self.tokens.shape
         added = length - old_length
         assert added >= 0, (length, old_length)
         if added == 0:
@@ -151,6 +166,7 @@ class Batch:
             position_ids=torch.cat([self.position_ids, more_positions], dim=1),
             cu_seqlens=moved.to(self.cu_seqlens.dtype),
             visible_tiles=F.pad(self.visible_tiles, (0, 0, 0, added)),
+            row_lengths=self.row_lengths if self.row_lengths.numel() else boundaries.new_full((num_rows,), old_length),
         )
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":

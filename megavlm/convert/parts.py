@@ -17,7 +17,7 @@ from megavlm.models.fusion import AnyFusionConfig
 from megavlm.models.fusion.decoder_only import DecoderOnlyConfig
 from megavlm.models.language import LanguageConfig, LanguageModel, decoder_layer_specs
 from megavlm.models.vision import AnyVisionConfig
-from megavlm.models.vlm import VLMConfig
+from megavlm.models.vlm import VLM, VLMConfig
 from megavlm.runtime.fake_world import fake_world
 from megavlm.runtime.sharding import sharding_metadata
 
@@ -46,6 +46,12 @@ class ModelParts(Config):
     def is_whole(self) -> bool:
         """Whether it is a model, not a part of one."""
         return len(self.names) == 3
+
+    @property
+    def weight_parts(self) -> tuple[str, ...]:
+        """First words of :func:`megavlm.models.part.part_of` for all weights: the names, and a whole model's fusion."""
+        uses_context = self.is_whole and self.whole().fusion.tile_route.uses_context
+        return (*self.names, "cross_attention") if uses_context else self.names
 
     def only(self, *names: str) -> "ModelParts":
         """The same with no other parts than those."""
@@ -87,8 +93,8 @@ def weight_shapes(parts: ModelParts, vocab_size: int) -> dict[str, ReleaseTensor
     with fake_world(world_size=1, rank=0):
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
         state = {
-            name: module.sharded_state_dict(prefix=f"{name}.", metadata=sharding_metadata())
-            for name, module in _build(parts, vocab_size).items()
+            prefix: module.sharded_state_dict(prefix=prefix, metadata=sharding_metadata())
+            for prefix, module in _build(parts, vocab_size).items()
         }
         return {
             leaf.key: ReleaseTensor(
@@ -102,20 +108,24 @@ def weight_shapes(parts: ModelParts, vocab_size: int) -> dict[str, ReleaseTensor
 
 
 def _build(parts: ModelParts, vocab_size: int) -> dict[str, Any]:
+    """Modules by the prefix of their keys: the whole model, or each part of it alone."""
     settings, backend = MegatronEngineConfig().megatron_settings(), BACKENDS["torch"]
     built: dict[str, Any] = {}
+    if parts.is_whole:
+        return {"": VLM(parts.whole(), settings, vocab_size=vocab_size, image_token_id=0)}
     if parts.vision is not None:
-        built["vision"] = parts.vision.build(settings, backend)
+        built["vision."] = parts.vision.build(settings, backend)
     if parts.connector is not None:
         model = parts.whole()
-        built["connector"] = parts.connector.build(
+        built["connector."] = parts.connector.build(
             model.vision.hidden_size, model.language.hidden_size, settings, backend
         )
     if parts.language is not None:
-        built["language"] = LanguageModel(
+        config = parts.language.transformer_config(settings)
+        built["language."] = LanguageModel(
             parts.language,
-            parts.language.transformer_config(settings),
-            decoder_layer_specs(parts.language, backend),
+            config,
+            decoder_layer_specs(parts.language, config, backend),
             backend,
             vocab_size=vocab_size,
             pre_process=True,

@@ -80,6 +80,7 @@ def pack(
         tile_context=_concatenate([sample.tile_context for row in usable for sample in row]),
         tile_tags=_concatenate_tags([sample.tile_tags for row in usable for sample in row]),
         context_length=_context_length(usable, pad_multiple) if uses_context else 0,
+        row_lengths=torch.tensor([sum(sample.num_tokens for sample in row) for row in usable], dtype=torch.int64),
         skipped=[sample for row in rows for sample in row if isinstance(sample, SkippedSample)],
         num_degraded=sum(sample.num_degraded for row in usable for sample in row),
     )

@@ -29,6 +29,14 @@ class MegatronEngineConfig(Config):
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: pydantic.PositiveInt | None = None
     recompute_modules: list[str] | None = None
+    expert_model_parallel_size: pydantic.PositiveInt = 1
+    """Data-parallel ranks that share the experts of a layer."""
+    expert_tensor_parallel_size: pydantic.PositiveInt | None = None
+    """Ranks that share one expert; None: as many as share other layers."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens come to their experts: each sent where it goes, or all sent to all (few experts, high top-k)."""
+    moe_grouped_gemm: bool = True
+    """One grouped matrix product over all experts of a rank, where torch takes their shapes; or one after another."""
     distributed_timeout_minutes: pydantic.PositiveFloat = 10.0
     """How long a rank waits for the others before it gives up."""
 
@@ -46,21 +54,11 @@ class MegatronEngineConfig(Config):
             )
         return self
 
-    # Fixed for now, and named because the checks of the layout ask for them.
+    # Fixed for now, and named because the checks of the layout ask for it.
     @property
     def context_parallel_size(self) -> int:
         """Ranks that share one sequence: always 1."""
         return 1
-
-    @property
-    def expert_model_parallel_size(self) -> int:
-        """Ranks that share the experts of a layer: always 1."""
-        return 1
-
-    @property
-    def expert_tensor_parallel_size(self) -> int | None:
-        """Ranks that share one expert: as many as share other layers."""
-        return None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,8 +71,15 @@ class MegatronEngineConfig(Config):
 
         With two interleaved pipeline stages the next rank is the previous rank, and megatron-core
         (``P2PCommunicator._communicate_shapes``) pairs the shapes that stages tell each other with the wrong receives.
+        The allgather dispatcher needs one length on all ranks that share experts.
         """
-        return self.pipeline_model_parallel_size == 2 and (self.virtual_pipeline_model_parallel_size or 1) > 1
+        is_interleaved = (self.virtual_pipeline_model_parallel_size or 1) > 1
+        return (self.pipeline_model_parallel_size == 2 and is_interleaved) or self.gathers_tokens
+
+    @property
+    def gathers_tokens(self) -> bool:
+        """Whether tokens come to their experts by gathering all tokens."""
+        return self.moe_token_dispatcher_type == "allgather"
 
     def megatron_settings(self) -> dict[str, Any]:
         """TransformerConfig arguments that come from the layout, the precision and the engine's way of working."""
@@ -91,10 +96,12 @@ class MegatronEngineConfig(Config):
             "recompute_method": self.recompute_method,
             "recompute_num_layers": self.recompute_num_layers,
             "recompute_modules": self.recompute_modules,
-            # Rows of micro-batches differ in length, so stages tell each other the shape. The dispatcher is asked for
-            # by megatron-core's check of that setting, with or without experts.
+            # Rows of micro-batches differ in length, so stages tell each other the shape.
             "variable_seq_lengths": is_pipelined and not self.pads_micro_batches,
-            "moe_token_dispatcher_type": "alltoall",
+            "moe_token_dispatcher_type": self.moe_token_dispatcher_type,
+            "moe_grouped_gemm": self.moe_grouped_gemm,
+            "expert_model_parallel_size": self.expert_model_parallel_size,
+            "expert_tensor_parallel_size": self.expert_tensor_parallel_size,
             "deallocate_pipeline_outputs": is_pipelined,
             # Losses are summed over tokens; the sum is divided once, by the global number of trained tokens.
             "calculate_per_token_loss": True,

@@ -25,6 +25,7 @@ _INTEGER_FIELDS = (
     "tile_rows",
     "tile_context",
     "tile_tags",
+    "row_lengths",
 )
 
 

@@ -144,12 +144,19 @@ def skip_lone_collectives(wrapped_chunks: Sequence[DistributedDataParallel]) -> 
     """Do without the reduction of gradients and the gathering of weights where there is one data-parallel rank.
 
     Not an error, but not free either: over one rank they are the identity, and gloo still copies all gradients and all
-    weights for it (7 % of a bfloat16 step on a CPU). Overlap must be off: its bookkeeping waits for them.
+    weights for it (7 % of a bfloat16 step on a CPU). With overlap it is left: its bookkeeping waits for them.
     """
     for chunk in wrapped_chunks:
-        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-            group.start_grad_sync = _nothing
-            group.start_param_sync = _nothing
+        overlaps = chunk.ddp_config.overlap_grad_reduce or chunk.ddp_config.overlap_param_gather
+        for buffers, groups in (
+            (chunk.buffers, chunk.bucket_groups),
+            (chunk.expert_parallel_buffers, chunk.expert_parallel_bucket_groups),
+        ):
+            if overlaps or any(buffer.data_parallel_group.size() > 1 for buffer in buffers):
+                continue
+            for group in groups:
+                group.start_grad_sync = _nothing
+                group.start_param_sync = _nothing
 
 
 def _nothing(**_: Any) -> None:

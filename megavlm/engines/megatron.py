@@ -61,6 +61,7 @@ class MegatronEngine:
         self._optimizer: MegatronOptimizer | None = None
         self._wrapped: list[MegatronModule] = []
         self._loss_scale = 1.0
+        self._auxiliary_loss_scale = 1.0
 
     # ---- start -------------------------------------------------------------------------------------------------------
 
@@ -73,6 +74,8 @@ class MegatronEngine:
             tensor_model_parallel_size=self.config.tensor_model_parallel_size,
             pipeline_model_parallel_size=self.config.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=self.config.virtual_pipeline_model_parallel_size,
+            expert_model_parallel_size=self.config.expert_model_parallel_size,
+            expert_tensor_parallel_size=self.config.expert_tensor_parallel_size,
             distributed_timeout_minutes=math.ceil(self.config.distributed_timeout_minutes),
             create_gloo_process_groups=False,  # only for a way of saving that is not used
         )
@@ -122,7 +125,9 @@ class MegatronEngine:
         if self.config.precision == "bf16":
             modules = [Float16Module(module.config, module) for module in modules]
         if training:
-            has_replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
+            has_replicas = parallel_state.get_data_parallel_world_size() > 1
+            # copies of experts may lie on tensor-parallel ranks
+            has_replicas |= self._has_experts and parallel_state.get_expert_data_parallel_world_size() > 1
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=self.config.use_distributed_optimizer,
@@ -134,13 +139,17 @@ class MegatronEngine:
                 DistributedDataParallel(module.config, ddp_config, module, disable_bucketing=number > 0)
                 for number, module in enumerate(modules)
             ]
-            if not has_replicas:
-                guards.skip_lone_collectives(modules)
+            guards.skip_lone_collectives(modules)
         self._wrapped = modules
         for chunk in self.chunks:
             guards.settle_config(chunk.config)
             chunk.config.finalize_model_grads_func = _finalize_summed_grads
             chunk.config.grad_scale_func = self._scale_loss
+            chunk.config.auxiliary_loss_scale_func = lambda: self._auxiliary_loss_scale
+
+    @property
+    def _has_experts(self) -> bool:
+        return any(chunk.config.num_moe_experts for chunk in self.chunks)
 
     @property
     def optimizer(self) -> MegatronOptimizer:
@@ -249,10 +258,10 @@ class MegatronEngine:
                 module.train()
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
-        num_trained = self._count_trained(batches)
+        num_trained, num_tokens = self._count_tokens(batches)
         if num_trained == 0:
             return StepResult(0.0, 0, 0.0, "no_trained_token")
-        self._loss_scale = 1.0 / num_trained
+        self._loss_scale, self._auxiliary_loss_scale = 1.0 / num_trained, 1.0 / num_tokens
         loss_sum = self._run_schedule(batches, forward_only=False)
         grad_norm, updated = self._update_weights()
         return StepResult(loss_sum / num_trained, num_trained, grad_norm, None if updated else "grad_not_finite")
@@ -262,7 +271,7 @@ class MegatronEngine:
         for module in self._wrapped:
             module.eval()
         with torch.no_grad():
-            return self._run_schedule(batches, forward_only=True), self._count_trained(batches)
+            return self._run_schedule(batches, forward_only=True), self._count_tokens(batches)[0]
 
     def logits(self, batch: Batch, wanted: Tensor, vocab_size: int, cache: Any = None) -> Tensor:
         """Logits of one micro-batch at chosen positions, the same on every rank of the model.
@@ -309,6 +318,8 @@ class MegatronEngine:
     ) -> list[dict[str, Tensor]]:
         length = max(batch.tokens.shape[1] for batch in batches)
         context_length = max(batch.context_length for batch in batches)
+        if self.config.gathers_tokens and self.config.expert_model_parallel_size > 1:
+            length, context_length = self._longest_of_replicas(length, context_length)
         if self.config.pads_micro_batches:
             batches = [batch.padded_to(length, context_length) for batch in batches]
         iterators = [iter(batches) for _ in self._wrapped]
@@ -321,6 +332,12 @@ class MegatronEngine:
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=forward_only,
         )
+
+    def _longest_of_replicas(self, *lengths: int) -> list[int]:
+        longest = torch.tensor(lengths, device=self.device)
+        group = parallel_state.get_data_parallel_group()
+        torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX, group=group)
+        return longest.tolist()
 
     def _update_weights(self) -> tuple[float, bool]:
         """Clip and step. Returns the gradient norm and whether the weights were updated (the same on every rank)."""
@@ -336,13 +353,16 @@ class MegatronEngine:
         self.optimizer.step_with_ready_grads()
         return grad_norm, True
 
-    def _count_trained(self, batches: Sequence[Batch]) -> int:
-        count = torch.stack([batch.loss_mask.count_nonzero() for batch in batches]).sum()
-        torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
-        return int(count)
+    def _count_tokens(self, batches: Sequence[Batch]) -> tuple[int, int]:
+        """Trained tokens of the global batch, and all of its tokens without padding."""
+        counts = torch.stack([torch.stack([batch.loss_mask.count_nonzero(), batch.num_tokens]) for batch in batches])
+        total = counts.sum(0)
+        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        num_trained, num_tokens = total.tolist()
+        return num_trained, num_tokens
 
     def _scale_loss(self, loss: Tensor) -> Tensor:
-        """Called by megatron-core's schedule on each micro-batch's summed loss (and on auxiliary losses)."""
+        """Called by megatron-core's schedule on each micro-batch's summed loss."""
         return loss * self._loss_scale
 
     def _broadcast_from_last_stage(self, tensor: Tensor) -> None:

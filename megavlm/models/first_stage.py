@@ -18,6 +18,7 @@ _WHOLE_ON_FIRST_STAGE = {
     "tp_comm_overlap": False,
     "context_parallel_size": 1,
     "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
 }
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from megavlm.config import Config
 from megavlm.models.backend import Backend, attention_spec, block_spec, layer_spec
 from megavlm.models.cache import KeyValueCache
+from megavlm.models.moe import MoEConfig, moe_spec
 from megavlm.models.weights import mark_padded
 
 
@@ -37,6 +38,8 @@ class LanguageConfig(Config):
     """Width of the residual stream."""
     ffn_hidden_size: pydantic.PositiveInt
     """Width inside the gated feed-forward layer."""
+    moe: MoEConfig | None = None
+    """Experts in place of the feed-forward layers; None: every layer is dense."""
     num_attention_heads: pydantic.PositiveInt
     """Query heads."""
     num_query_groups: pydantic.PositiveInt | None = None
@@ -74,12 +77,19 @@ class LanguageConfig(Config):
                 f"model.language.num_attention_heads={self.num_attention_heads}: is not a multiple of "
                 f"num_query_groups={self.num_query_groups}. Each key/value head serves a whole number of query heads."
             )
+        _ = self.layers_with_experts  # raises
         return self
 
     @property
     def num_moe_experts(self) -> int | None:
-        """Experts of a layer: none, every layer is dense."""
-        return None
+        """Experts of a layer that has any; None: every layer is dense."""
+        return None if self.moe is None else self.moe.num_moe_experts
+
+    @property
+    def layers_with_experts(self) -> tuple[int, ...]:
+        """Indices of the layers that have experts."""
+        has_experts = [] if self.moe is None else self.moe.has_experts(self.num_layers)
+        return tuple(layer for layer, has in enumerate(has_experts) if has)
 
     def transformer_config(self, megatron_settings: Mapping[str, Any]) -> TransformerConfig:
         """Return megatron-core's config of the decoder.
@@ -104,13 +114,19 @@ class LanguageConfig(Config):
             init_method_std=self.init_method_std,
             attention_dropout=self.attention_dropout,
             hidden_dropout=self.hidden_dropout,
+            **({} if self.moe is None else self.moe.megatron_fields()),
         )
 
 
-def decoder_layer_specs(config: LanguageConfig, backend: Backend) -> list[ModuleSpec]:
+def decoder_layer_specs(
+    config: LanguageConfig, transformer_config: TransformerConfig, backend: Backend
+) -> list[ModuleSpec]:
     """One spec per decoder layer of the whole model, first to last."""
-    layer = layer_spec(backend, attention_spec(backend, AttnMaskType.causal))
-    return [layer] * config.num_layers
+    attention = attention_spec(backend, AttnMaskType.causal)
+    layers = [layer_spec(backend, attention)] * config.num_layers
+    for index in config.layers_with_experts:
+        layers[index] = layer_spec(backend, attention, mlp=moe_spec(backend, transformer_config))
+    return layers
 
 
 class LanguageModel(LanguageModule):
@@ -217,6 +233,7 @@ class LanguageModel(LanguageModule):
         context: Tensor | None = None,
         visible_context: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        is_padding: Tensor | None = None,
     ) -> Tensor:
         """Run this stage's decoder layers.
 
@@ -229,6 +246,7 @@ class LanguageModel(LanguageModule):
             context: ``[C, N, H]``, keys and values of cross-attention; None if no layer has any.
             visible_context: ``[N, S, 2]`` int64, the range of its row's context that each token may see.
             cache: in generation, what came before these tokens; says positions and mask itself.
+            is_padding: ``[N, S]`` bool, tokens that the losses of routers leave out; None: no token is.
 
         Returns:
             ``[S, N, H]``, split as ``hidden_states`` is.
@@ -247,7 +265,15 @@ class LanguageModel(LanguageModule):
             context=context,
             context_mask=visible_context,
             inference_context=cache,
+            padding_mask=self._own_tokens(is_padding) if self.config.num_moe_experts else None,
         )
+
+    def _own_tokens(self, per_token: Tensor | None) -> Tensor | None:
+        """``[N, S]`` -> the columns of this rank, under sequence parallelism."""
+        if per_token is None or not self.config.sequence_parallel:
+            return per_token
+        shares = per_token.chunk(parallel_state.get_tensor_model_parallel_world_size(), dim=1)
+        return shares[parallel_state.get_tensor_model_parallel_rank()]
 
     def token_losses(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
         """Cross-entropy of the trained tokens.

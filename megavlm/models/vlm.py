@@ -108,7 +108,7 @@ class VLM(MegatronModule):
         self.language = LanguageModel(
             config.language,
             transformer_config,
-            config.fusion.extend(decoder_layer_specs(config.language, layers), layers),
+            config.fusion.extend(decoder_layer_specs(config.language, transformer_config, layers), layers),
             layers,
             vocab_size=model_vocab_size(config.language, vocab_size),
             pre_process=pre_process,
@@ -159,7 +159,7 @@ class VLM(MegatronModule):
         attention_mask = packed_attention_mask(batch) if batch.is_packed else None
         visible_context = batch.visible_context() if self.route.uses_context else None
         hidden_states = self.language(
-            hidden_states, batch.position_ids, attention_mask, context, visible_context, cache
+            hidden_states, batch.position_ids, attention_mask, context, visible_context, cache, batch.is_padding()
         )
         if not self.post_process:
             return hidden_states if context is None else torch.cat([hidden_states, context])

@@ -110,10 +110,11 @@ def _copy_shard(full: Tensor, shard: ShardedTensor) -> None:
     """Copy the shard's window of the full tensor; what lies beyond the full tensor is padding and becomes zero."""
     shard.data.zero_()
     window = []
-    for offset, size, length in zip(shard.global_offset, shard.local_shape, full.shape, strict=True):
+    local_shape = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)  # an expert has no dimension of its own
+    for offset, size, length in zip(shard.global_offset, local_shape, full.shape, strict=True):
         start, stop = min(offset, length), min(offset + size, length)
         window.append(slice(start, stop))
-    part = full[tuple(window)]
+    part = full[tuple(window)].flatten(0, shard.prepend_axis_num)
     shard.data[tuple(slice(0, size) for size in part.shape)].copy_(part)
 
 

@@ -52,7 +52,7 @@ class TextModel(MegatronModule):
         self.language = LanguageModel(
             language,
             config,
-            decoder_layer_specs(language, backend),
+            decoder_layer_specs(language, config, backend),
             backend,
             vocab_size=vocab_size,
             pre_process=stage.pre_process,

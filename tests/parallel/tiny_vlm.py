@@ -258,7 +258,8 @@ def gradient_shards(chunks: Sequence[torch.nn.Module]) -> list[Shard]:
                 add(entry, gradient)
 
     def add(shard: ShardedTensor, gradient: torch.Tensor) -> None:
-        values = gradient.detach().float().reshape(shard.local_shape).numpy().copy()
+        own_shape = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
+        values = gradient.detach().float().reshape(own_shape).numpy().copy()
         found.append((shard.key, tuple(shard.global_shape), tuple(shard.global_offset), values))
 
     for chunk in chunks:

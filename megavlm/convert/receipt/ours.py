@@ -34,7 +34,7 @@ class _LanguageAlone(MegatronModule):
         self.language = LanguageModel(
             config,
             self.config,
-            decoder_layer_specs(config, backend),
+            decoder_layer_specs(config, self.config, backend),
             backend,
             vocab_size=vocab_size,
             pre_process=True,
@@ -80,7 +80,7 @@ def ask_ours(
         engine.start()
         chunk = _build(pair.parts, engine.config.megatron_settings(), num_rows, probes.image_token_id)
         engine.wrap([chunk], training=False)
-        others = tuple(key for key in pair.weights if part_of(key) not in pair.parts.names)
+        others = tuple(key for key in pair.weights if part_of(key) not in pair.parts.weight_parts)
         load_checkpoint(pair.checkpoint, engine, with_optimizer=False, verify=False, allow_unexpected=others)
         _round(engine, dtypes)
         if pair.parts.language is None:

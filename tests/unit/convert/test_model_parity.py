@@ -25,11 +25,11 @@ def language_logits(
 ) -> Result:
     """On ranks: logits ``[N, S, V]`` of the decoder alone, and gradients under published names."""
     settings = start(tp)
-    backend = BACKENDS["torch"]
+    backend, transformer_config = BACKENDS["torch"], config.transformer_config(settings)
     part = LanguageModel(
         config,
-        config.transformer_config(settings),
-        decoder_layer_specs(config, backend),
+        transformer_config,
+        decoder_layer_specs(config, transformer_config, backend),
         backend,
         vocab_size=VOCAB_SIZE,
         pre_process=True,

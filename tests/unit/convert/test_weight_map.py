@@ -202,11 +202,11 @@ def _errors_of_stage(pp: int, config: VLMConfig, table: WeightMap, weights: Mapp
 
 def fill_language(config: LanguageConfig, table: WeightMap, weights: Mapping[str, Tensor]) -> None:
     """On one rank: fill a decoder."""
-    backend = BACKENDS["torch"]
+    backend, transformer_config = BACKENDS["torch"], config.transformer_config(start(1))
     language = LanguageModel(
         config,
-        config.transformer_config(start(1)),
-        decoder_layer_specs(config, backend),
+        transformer_config,
+        decoder_layer_specs(config, transformer_config, backend),
         backend,
         vocab_size=VOCAB_SIZE,
         pre_process=True,

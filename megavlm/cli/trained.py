@@ -12,7 +12,12 @@ from megavlm.recipe import Recipe
 from megavlm.runtime.log import start_log
 from megavlm.runtime.process import Process, process
 
-FOR_GENERATION = ("engine.sequence_parallel=false", "engine.virtual_pipeline_model_parallel_size=null")
+FOR_GENERATION = (
+    "engine.sequence_parallel=false",
+    "engine.virtual_pipeline_model_parallel_size=null",
+    "engine.expert_model_parallel_size=1",  # data-parallel ranks answer different questions, each at its own pace
+    "engine.expert_tensor_parallel_size=null",
+)
 """What a layout may not have where tokens are generated one at a time."""
 
 

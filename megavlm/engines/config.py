@@ -1,11 +1,13 @@
 """What a recipe can say about the megatron-core engine and its optimizer."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pydantic
 import torch
 
 from megavlm.config import Config
+from megavlm.engines.learning_rate import resolve_learning_rate
 
 
 class MegatronEngineConfig(Config):
@@ -121,13 +123,18 @@ class OptimizerSettings(Config):
     """AdamW. Names are megatron-core's."""
 
     lr: pydantic.PositiveFloat
-    """Peak learning rate."""
+    """Peak learning rate. ``{law: mm1, num_parameters: N}`` becomes MM1's for N parameters when the recipe is read."""
     min_lr: pydantic.NonNegativeFloat = 0.0
-    """Learning rate at the end of the decay."""
+    """Learning rate at the end of the decay. ``{times_lr: x}`` becomes x times ``lr``."""
     weight_decay: pydantic.NonNegativeFloat = 0.01
-    """Not applied to biases, norms and other vectors."""
+    """Not applied to biases, norms and other vectors. ``{times_lr: x}`` becomes x times ``lr``."""
     adam_beta1: float = pydantic.Field(0.9, ge=0.0, lt=1.0)
     adam_beta2: float = pydantic.Field(0.95, ge=0.0, lt=1.0)
     adam_eps: pydantic.PositiveFloat = 1e-8
     clip_grad: pydantic.NonNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _apply_laws(cls, settings: Any) -> Any:
+        return resolve_learning_rate(settings) if isinstance(settings, Mapping) else settings

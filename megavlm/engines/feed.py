@@ -26,6 +26,7 @@ _INTEGER_FIELDS = (
     "tile_context",
     "tile_tags",
     "row_lengths",
+    "sources",
 )
 
 

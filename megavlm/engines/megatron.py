@@ -177,10 +177,14 @@ class MegatronEngine:
             self._wrapped,
             use_gloo_process_groups=False,
         )
-        for inner in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
+        for inner in self._inner_optimizers():
             if isinstance(inner.optimizer, FusedAdam):
                 inner.optimizer.initialize_state()  # a run may be saved before its first update
         return self._optimizer
+
+    def _inner_optimizers(self) -> list[MegatronOptimizer]:
+        """Experts have an optimizer of their own."""
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
 
     # ---- what ranks tell each other ----------------------------------------------------------------------------------
 
@@ -347,7 +351,8 @@ class MegatronEngine:
             return grad_norm, False
         clip_grad = self.optimizer.config.clip_grad
         if grad_norm > clip_grad > 0.0:
-            grads = [parameter.grad for parameter in self.optimizer.get_parameters() if parameter.grad is not None]
+            parameters = (parameter for inner in self._inner_optimizers() for parameter in inner.get_parameters())
+            grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
             if grads:  # a pipeline stage may be frozen whole
                 torch._foreach_mul_(grads, clip_grad / (grad_norm + 1e-6))
         self.optimizer.step_with_ready_grads()

@@ -180,4 +180,5 @@ def _padded_on_the_left(parts: Parts, prompts: Sequence[Sample]) -> Batch:
         loss_mask=torch.zeros_like(batch.loss_mask),
         position_ids=places.clamp(min=0),
         visible_tiles=batch.visible_tiles[rows, source],
+        row_lengths=batch.row_lengths[:0],  # counts padding on the right
     )

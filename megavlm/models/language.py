@@ -24,7 +24,7 @@ from torch import Tensor
 from megavlm.config import Config
 from megavlm.models.backend import Backend, attention_spec, block_spec, layer_spec
 from megavlm.models.cache import KeyValueCache
-from megavlm.models.moe import MoEConfig, moe_spec
+from megavlm.models.moe import MoEConfig, Router, RouterObserver, moe_spec
 from megavlm.models.weights import mark_padded
 
 
@@ -114,7 +114,7 @@ class LanguageConfig(Config):
             init_method_std=self.init_method_std,
             attention_dropout=self.attention_dropout,
             hidden_dropout=self.hidden_dropout,
-            **({} if self.moe is None else self.moe.megatron_fields()),
+            **({} if self.moe is None else self.moe.megatron_fields(self.ffn_hidden_size)),
         )
 
 
@@ -192,6 +192,7 @@ class LanguageModel(LanguageModule):
             post_process=post_process,
             vp_stage=vp_stage,
         )
+        self.router_observer = RouterObserver([m for m in self.decoder.modules() if isinstance(m, Router)])
         if post_process:
             # The loss gathers the sequence before it picks the trained tokens, so this layer sees whole rows of hidden
             # states and must all-reduce its input gradient even when the rest of the model is sequence parallel.
@@ -234,6 +235,7 @@ class LanguageModel(LanguageModule):
         visible_context: Tensor | None = None,
         cache: KeyValueCache | None = None,
         is_padding: Tensor | None = None,
+        token_groups: Tensor | None = None,
     ) -> Tensor:
         """Run this stage's decoder layers.
 
@@ -247,6 +249,7 @@ class LanguageModel(LanguageModule):
             visible_context: ``[N, S, 2]`` int64, the range of its row's context that each token may see.
             cache: in generation, what came before these tokens; says positions and mask itself.
             is_padding: ``[N, S]`` bool, tokens that the losses of routers leave out; None: no token is.
+            token_groups: ``[N, S]`` int64, what ``router_observer`` counts each token as; None: nothing is counted.
 
         Returns:
             ``[S, N, H]``, split as ``hidden_states`` is.
@@ -258,15 +261,16 @@ class LanguageModel(LanguageModule):
         frequencies = self.rotary_pos_emb(position_ids.shape[1])
         if attention_mask is not None:  # packed or padded on the left: each row has frequencies of its own
             frequencies = frequencies[position_ids, 0, 0].transpose(0, 1).unsqueeze(2)
-        return self.decoder(
-            hidden_states=hidden_states,
-            attention_mask=attention_mask,
-            rotary_pos_emb=frequencies,
-            context=context,
-            context_mask=visible_context,
-            inference_context=cache,
-            padding_mask=self._own_tokens(is_padding) if self.config.num_moe_experts else None,
-        )
+        with self.router_observer.watch(self._own_tokens(token_groups)):
+            return self.decoder(
+                hidden_states=hidden_states,
+                attention_mask=attention_mask,
+                rotary_pos_emb=frequencies,
+                context=context,
+                context_mask=visible_context,
+                inference_context=cache,
+                padding_mask=self._own_tokens(is_padding) if self.config.num_moe_experts else None,
+            )
 
     def _own_tokens(self, per_token: Tensor | None) -> Tensor | None:
         """``[N, S]`` -> the columns of this rank, under sequence parallelism."""

@@ -26,8 +26,8 @@ class MoEConfig(Config):
     moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = "aux_loss"
     """What is balanced: the tokens of a micro-batch, those of each of its rows, or nothing."""
     moe_aux_loss_coeff: pydantic.NonNegativeFloat = 1e-2
-    """Weight of the load-balancing loss of each layer (Switch Transformer, arXiv 2101.03961, equation 4, with the shares
-    of a top-k choice summing to 1): 1 times this when the load is even."""
+    """Weight of the load-balancing loss of each layer (Switch Transformer, arXiv 2101.03961, equation 4, the shares of
+    a top-k choice summing to 1), which is 1 when the load is even."""
     moe_z_loss_coeff: pydantic.NonNegativeFloat | None = None
     """Weight of the z-loss of each layer (ST-MoE, equation 5); None: off."""
     moe_expert_capacity_factor: pydantic.PositiveFloat | None = None
@@ -76,6 +76,6 @@ class MoEConfig(Config):
             )
         return [bool(entry) for entry in self.moe_layer_freq]
 
-    def megatron_fields(self) -> dict[str, Any]:
-        """Arguments of megatron-core's TransformerConfig."""
-        return self.model_dump()
+    def megatron_fields(self, ffn_hidden_size: int) -> dict[str, Any]:
+        """Arguments of megatron-core's TransformerConfig. ``ffn_hidden_size``: width of the dense layers."""
+        return self.model_dump() | {"moe_ffn_hidden_size": self.moe_ffn_hidden_size or ffn_hidden_size}

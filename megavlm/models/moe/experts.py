@@ -83,30 +83,38 @@ class GroupedExperts(MegatronModule):
     ) -> dict[str, Any]:
         """Keys ``experts.linear_fc1.weight`` ``[E, 2 F, H]`` and ``experts.linear_fc2.weight`` ``[E, H, F]``."""
         assert not sharded_offsets, "layers have keys of their own"
-        expert = (0, self.ep_group.rank(), self.ep_group.size())
+        num_experts = self.num_local_experts * self.ep_group.size()
+        first = self.num_local_experts * self.ep_group.rank()
         rank, size = self.tp_group.rank(), self.tp_group.size()
         replica_id = (0, 0, self.dp_group.rank())
 
-        def halves(key: str, tensor: Tensor, replica_id: ReplicaId, _: slice | None) -> list[ShardedTensor]:
+        def gates_and_values(key: str, tensor: Tensor, replica_id: ReplicaId, _: slice | None) -> list[ShardedTensor]:
+            # expert by expert: loading in parallel wants tensors that are contiguous
             return [
                 ShardedTensor.from_rank_offsets(
-                    key, half, expert, (1, rank + number * size, 2 * size), replica_id=replica_id
+                    key,
+                    half,
+                    (0, first + expert, num_experts),
+                    (1, rank + number * size, 2 * size),
+                    replica_id=replica_id,
+                    prepend_axis_num=1,
                 )
-                for number, half in enumerate(tensor.chunk(2, dim=1))
+                for expert, weight in enumerate(tensor)
+                for number, half in enumerate(weight.chunk(2))
             ]
 
         return {
             f"{prefix}linear_fc1_weight": ShardedTensorFactory(
                 f"{prefix}experts.linear_fc1.weight",
                 self.linear_fc1_weight,
-                halves,
-                lambda parts: torch.cat(parts, dim=1),
+                gates_and_values,
+                lambda halves: torch.cat(halves).view_as(self.linear_fc1_weight),
                 replica_id,
             ),
             f"{prefix}linear_fc2_weight": ShardedTensor.from_rank_offsets(
                 f"{prefix}experts.linear_fc2.weight",
                 self.linear_fc2_weight,
-                expert,
+                (0, self.ep_group.rank(), self.ep_group.size()),
                 (2, rank, size),
                 replica_id=replica_id,
             ),

@@ -60,9 +60,9 @@ def unpack(table: Tensor, num_experts: int, num_sources: int) -> dict[str, Tenso
 class RouterObserver:
     """Watches the routers of one model chunk.
 
-    A router is asked after each of its passes. Where activations are recomputed it runs twice for a micro-batch: choices
-    are counted in the model's own pass, which :meth:`watch` marks, and auxiliary losses in the one that has a gradient,
-    for in the other there are none.
+    A router is asked after each of its passes. Where activations are recomputed there are two for a micro-batch: its
+    choices are counted in the model's own pass, which :meth:`watch` marks, and its auxiliary losses in the one that has
+    a gradient, for in the other there are none.
     """
 
     def __init__(self, routers: Sequence[Router]) -> None:
@@ -116,7 +116,10 @@ class RouterObserver:
             self._membership = None
 
     def take(self) -> Tensor:
-        """Give what was counted since the last time and start anew: ``[L, width]`` float64, to be added over ranks."""
+        """Give what was counted since the last time and start anew: ``[L, width]`` float64, to be added over ranks.
+
+        Not to be called of a chunk without routers.
+        """
         self._start(torch.device("cpu"))
         assert self._group_sums is not None
         assert self._loss_sums is not None
@@ -127,8 +130,7 @@ class RouterObserver:
     def _start(self, device: torch.device) -> None:
         if self._group_sums is not None:
             return
-        num_experts = self._routers[0].num_experts if self._routers else 0
-        num_columns = len(_PER_EXPERT) * num_experts + len(_PER_GROUP)
+        num_columns = len(_PER_EXPERT) * self._routers[0].num_experts + len(_PER_GROUP)
         shape = (len(self._routers), num_groups(self._num_sources), num_columns)
         self._group_sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self._loss_sums = torch.zeros(len(self._routers), len(_PER_LAYER), dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""Answers questions with a trained model: shared over the data-parallel ranks, prompts of like length together."""
+"""Answers questions with a trained model."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -6,14 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from megavlm.build import Parts
-from megavlm.checkpoint.agreement import agreed
 from megavlm.data import Sample, SampleError
 from megavlm.evaluation.answer import Answer
 from megavlm.evaluation.question import Question
 from megavlm.inference.generate import generate
-
-# Prompts of so many batches are read together, and sorted by length, so that rows of a batch need little padding.
-_BATCHES_AT_ONCE = 4
+from megavlm.inference.shared import Done, answer_shared
 
 
 @dataclass(frozen=True)
@@ -45,42 +42,24 @@ def answer_questions(
     Raises:
         ValueError: a question cannot be read any more; on every rank.
     """
-    size, rank = parts.engine.data_parallel_size, parts.engine.data_parallel_rank
-    at_once = settings.batch_size * size * _BATCHES_AT_ONCE
-    for start in range(0, len(numbers), at_once):
-        together = numbers[start : start + at_once]
-        prompts: list[tuple[int, Sample]] = []
-        unusable: list[Answer] = []
-        with agreed("reading questions"):
-            prompts, unusable = _read(parts, questions, together[rank::size])
-        yield _merged(parts, unusable)
-        # longest first: what does not fit into memory fails at once
-        prompts.sort(key=lambda prompt: prompt[1].num_tokens, reverse=True)
-        largest_share = -(-len(together) // size)  # every rank counts to it: gathering is a collective
-        for first in range(0, largest_share, settings.batch_size):
-            yield _merged(parts, _answer(parts, prompts[first : first + settings.batch_size], settings))
 
-
-def _read(
-    parts: Parts, questions: Sequence[Question], numbers: Sequence[int]
-) -> tuple[list[tuple[int, Sample]], list[Answer]]:
-    """Prompts of questions by number, and answers to those that have none."""
-    prompts: list[tuple[int, Sample]] = []
-    unusable: list[Answer] = []
-    for number in numbers:
+    def read(number: int) -> Sample | Done[Answer]:
         question = questions[number]
         try:
-            prompts.append((number, parts.processor.prompt(question.key, question.conversation).sample))
+            return parts.processor.prompt(question.key, question.conversation).sample
         except SampleError as error:
             problem = f"{error.skipped.reason}: {error.skipped.message}"
-            unusable.append(Answer(number, question.key, problem=problem))
-    return prompts, unusable
+            return Done(Answer(number, question.key, problem=problem))
+
+    def answer(prompts: Sequence[tuple[int, Sample]]) -> list[Answer]:
+        return _answer(parts, prompts, settings)
+
+    for came in answer_shared(parts, numbers, read, answer, batch_size=settings.batch_size):
+        yield [found for _, found in came]
 
 
 def _answer(parts: Parts, prompts: Sequence[tuple[int, Sample]], settings: AnswerSettings) -> list[Answer]:
     """Answer one batch."""
-    if not prompts:
-        return []
     samples = [sample for _, sample in prompts]
     seen = generate(parts, samples, max_new_tokens=settings.max_new_tokens)
     unseen: Sequence[list[int] | None] = [None] * len(samples)
@@ -99,11 +78,3 @@ def _answer(parts: Parts, prompts: Sequence[tuple[int, Sample]], settings: Answe
         )
         for (number, sample), ids, blind_ids in zip(prompts, seen, unseen, strict=True)
     ]
-
-
-def _merged(parts: Parts, mine: list[Answer]) -> list[Answer]:
-    """The answers of all data-parallel ranks."""
-    return sorted(
-        (answer for share in parts.engine.gather_over_replicas(mine) for answer in share),
-        key=lambda answer: answer.number,
-    )

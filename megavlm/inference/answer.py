@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import torch.distributed
 from rich.progress import Progress
 
 from megavlm.build import Parts
-from megavlm.data import Conversation, ImageRef, Message, SampleError
+from megavlm.data import Conversation, ImageRef, Message, Sample, SampleError
 from megavlm.data.conversation import parse_conversation
 from megavlm.inference.generate import GREEDY, generate, stream
 from megavlm.inference.sampling import Sampling
+from megavlm.inference.shared import Done, answer_shared
 from megavlm.inference.text_stream import TextStream
 from megavlm.runtime.log import LOGGER
 
@@ -144,22 +145,21 @@ def answer_file(
         rows = source.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--jsonl={source}: cannot be read ({error}). Check the path.") from None
-    size, rank = parts.engine.data_parallel_size, parts.engine.data_parallel_rank
-    at_once = batch_size * size
-    num_unusable = 0
-    with _opened(output, is_writer) as file, Progress(disable=not (is_writer and sys.stdout.isatty())) as progress:
+    file = _RowFile(parts, source, rows, settings)
+    num_written = num_unusable = 0
+    waiting: dict[int, dict[str, Any]] = {}  # answered before a row above them
+    with _opened(output, is_writer) as out, Progress(disable=not (is_writer and sys.stdout.isatty())) as progress:
         task = progress.add_task("answering", total=len(rows))
-        for start in range(0, len(rows), at_once):
-            numbers = range(start, min(start + at_once, len(rows)))
-            mine = _answer_rows(parts, source, [(number, rows[number]) for number in numbers[rank::size]], settings)
-            gathered = parts.engine.gather_over_replicas(mine)
-            for number in numbers:
-                result = next(part[number] for part in gathered if number in part)
+        for came in answer_shared(parts, range(len(rows)), file.read, file.answer, batch_size=batch_size):
+            waiting |= dict(came)
+            while num_written in waiting:
+                result = waiting.pop(num_written)
                 num_unusable += "error" in result
-                if file is not None:
-                    file.write(json.dumps(result, ensure_ascii=False) + "\n")
-                    file.flush()
-            progress.update(task, completed=numbers[-1] + 1)
+                if out is not None:
+                    out.write(json.dumps(result, ensure_ascii=False) + "\n")
+                    out.flush()
+                num_written += 1
+            progress.update(task, completed=num_written)
     LOGGER.info("%d answers in %s, %d unusable rows", len(rows) - num_unusable, output, num_unusable)
 
 
@@ -174,28 +174,39 @@ def _opened(output: Path, is_writer: bool) -> Any:
         raise ValueError(f"--output={output}: cannot be written ({error.strerror}). Choose another name.") from None
 
 
-def _answer_rows(
-    parts: Parts, source: Path, rows: Sequence[tuple[int, str]], settings: Settings
-) -> dict[int, dict[str, Any]]:
-    """Answers of some rows by their number."""
-    results: dict[int, dict[str, Any]] = {}
-    prompts = []
-    for number, row in rows:
-        where = f"{source.name}:{number + 1}"
+@dataclass
+class _RowFile:
+    """The rows of a file: as prompts, and with their answers as what is written."""
+
+    parts: Parts
+    source: Path
+    rows: Sequence[str]
+    settings: Settings
+    _asked: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Of each row that was read and not yet answered: what is written beside the answer."""
+
+    def read(self, number: int) -> Sample | Done[dict[str, Any]]:
+        """The prompt of a row, or why it has none."""
+        where = f"{self.source.name}:{number + 1}"
         try:
-            conversation = parse_conversation(json.loads(row), where, source.parent, needs_answer=False)
-            prompt = parts.processor.prompt(where, conversation)
+            row = json.loads(self.rows[number])
+            conversation = parse_conversation(row, where, self.source.parent, needs_answer=False)
+            prompt = self.parts.processor.prompt(where, conversation)
         except (ValueError, SampleError) as error:
-            results[number] = {"key": where, "error": str(error)}
-            continue
+            return Done({"key": where, "error": str(error)})
         users = [message.text for message in conversation.messages if message.role == "user"]
-        results[number] = {"key": where, "prompt": users[-1].strip()}
+        self._asked[number] = {"key": where, "prompt": users[-1].strip()}
         if prompt.reference_answer:
-            results[number]["reference"] = prompt.reference_answer
-        prompts.append((number, prompt.sample))
-    if prompts:
+            self._asked[number]["reference"] = prompt.reference_answer
+        return prompt.sample
+
+    def answer(self, prompts: Sequence[tuple[int, Sample]]) -> list[dict[str, Any]]:
+        """What is written for some rows."""
         samples = [sample for _, sample in prompts]
-        answers = generate(parts, samples, max_new_tokens=settings.max_new_tokens, sampling=settings.sampling)
-        for (number, _), ids in zip(prompts, answers, strict=True):
-            results[number]["answer"] = parts.tokenizer.decode(ids)
-    return results
+        answers = generate(
+            self.parts, samples, max_new_tokens=self.settings.max_new_tokens, sampling=self.settings.sampling
+        )
+        return [
+            {**self._asked.pop(number), "answer": self.parts.tokenizer.decode(ids)}
+            for (number, _), ids in zip(prompts, answers, strict=True)
+        ]

@@ -6,8 +6,8 @@ the parquet files), ``answer`` (a letter, or several), ``image_1`` to ``image_7`
 with ``path``; null where there is none). Images are read where ``<image 1>`` stands in question or options, which is
 Megatron-LM's ``multi_image``; a row that names none gets its images before the text. NVLM's own figures use one image.
 
-Open questions (``options`` empty; 53 of the 900 of validation) are left out and counted: MMMU scores them by a parser
-of sentences of its own, which is none of the metrics here. A figure without them is not the official one.
+Open questions (``options`` empty; 53 of the 900 of validation) end in an instruction of their own and may have several
+right answers, as a list or the text of one.
 """
 
 import ast
@@ -17,21 +17,22 @@ from collections.abc import Iterator
 from megavlm.data import Conversation, ImageRef, Message
 from megavlm.evaluation.benchmarks.benchmark import (
     OPTION_LETTER,
+    SINGLE_WORD_OR_PHRASE,
     Benchmark,
     BenchmarkFiles,
     with_instruction,
     with_options,
 )
 from megavlm.evaluation.benchmarks.reading import Entry, read_rows
-from megavlm.evaluation.metrics import MultipleChoice
-from megavlm.evaluation.question import LeftOut, Question
+from megavlm.evaluation.metrics import MMMUAccuracy
+from megavlm.evaluation.question import Question
 
 _PLACEHOLDER = re.compile(r"<image (\d+)>")
 _SUBJECT = re.compile(r"[a-z]+_(.+)_\d+")
 _MOST_IMAGES = 7
 
 
-def read_mmmu(files: BenchmarkFiles, instruction: str) -> Iterator[Question | LeftOut]:
+def read_mmmu(files: BenchmarkFiles, instruction: str) -> Iterator[Question]:
     """Read the file. A split (``validation``, ``dev``, ``test``) takes the rows whose id begins with it.
 
     Raises:
@@ -42,15 +43,14 @@ def read_mmmu(files: BenchmarkFiles, instruction: str) -> Iterator[Question | Le
         if files.split and not key.startswith(f"{files.split}_"):
             continue
         options = _options(entry)
-        if not options:
-            yield LeftOut(key, "open question, which MMMU scores by a parser of its own")
-            continue
-        text = with_instruction(with_options(entry.text("question"), options), instruction)
+        is_usual = not options and instruction == OPTION_LETTER
+        text = with_options(entry.text("question"), options)
+        text = with_instruction(text, SINGLE_WORD_OR_PHRASE if is_usual else instruction)
         subject = _SUBJECT.fullmatch(key)
         yield Question(
             key,
             Conversation((Message("user", _parts(entry, text, files)),)),
-            entry.texts("answer"),
+            _answers(entry) if not options else entry.texts("answer"),
             options,
             subject.group(1) if subject else "",
         )
@@ -66,6 +66,18 @@ def _options(entry: Entry) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
         entry.fail("options", "is not a list of texts. Mend the row.")
     return tuple(map(str, value))
+
+
+def _answers(entry: Entry) -> tuple[str, ...]:
+    """The right answers of an open question."""
+    texts = entry.texts("answer")
+    if len(texts) > 1 or not texts[0].strip().startswith("["):
+        return texts
+    try:
+        value = ast.literal_eval(texts[0].strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return texts  # an interval, "[0, 1)"
+    return tuple(map(str, value)) if isinstance(value, list) and value else texts
 
 
 def _parts(entry: Entry, text: str, files: BenchmarkFiles) -> tuple[str | ImageRef, ...]:
@@ -84,4 +96,4 @@ def _image(entry: Entry, key: str, files: BenchmarkFiles) -> ImageRef:
     return ImageRef(name if name.startswith("data:") else str(files.images / name))
 
 
-MMMU = Benchmark(read_mmmu, MultipleChoice(), OPTION_LETTER, max_new_tokens=16, takes_split=True)
+MMMU = Benchmark(read_mmmu, MMMUAccuracy(), OPTION_LETTER, max_new_tokens=16, takes_split=True)

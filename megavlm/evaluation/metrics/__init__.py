@@ -16,6 +16,7 @@ from megavlm.evaluation.metrics.cider import CIDEr
 from megavlm.evaluation.metrics.exact_match import ExactMatch
 from megavlm.evaluation.metrics.gqa_accuracy import GQAAccuracy
 from megavlm.evaluation.metrics.item import Item, MetricResult
+from megavlm.evaluation.metrics.mmmu_accuracy import MMMUAccuracy
 from megavlm.evaluation.metrics.multiple_choice import MultipleChoice
 from megavlm.evaluation.metrics.ocrbench_accuracy import OCRBenchAccuracy
 from megavlm.evaluation.metrics.relaxed_accuracy import RelaxedAccuracy
@@ -46,6 +47,7 @@ METRICS: dict[str, type[Metric]] = {
     "cider": CIDEr,
     "exact_match": ExactMatch,
     "gqa_accuracy": GQAAccuracy,
+    "mmmu_accuracy": MMMUAccuracy,
     "multiple_choice": MultipleChoice,
     "ocrbench_accuracy": OCRBenchAccuracy,
     "relaxed_accuracy": RelaxedAccuracy,
@@ -58,6 +60,7 @@ MetricConfig = Annotated[
     | CIDEr
     | ExactMatch
     | GQAAccuracy
+    | MMMUAccuracy
     | MultipleChoice
     | OCRBenchAccuracy
     | RelaxedAccuracy
@@ -73,6 +76,7 @@ __all__ = [
     "ExactMatch",
     "GQAAccuracy",
     "Item",
+    "MMMUAccuracy",
     "Metric",
     "MetricConfig",
     "MetricResult",

@@ -247,6 +247,13 @@ EXAMPLES: dict[str, Example] = {
             },
             {"id": "validation_Math_2", "question": "How long?", "options": "[]", "answer": "3.5", "image_1": "b.png"},
             {
+                "id": "validation_Math_5",
+                "question": "Why?",
+                "options": [],
+                "answer": "['x', 'y z']",
+                "image_1": "b.png",
+            },
+            {
                 "id": "validation_Math_3",
                 "question": "Which?",
                 "options": ["<image 2>", "<image 1>"],
@@ -266,6 +273,8 @@ EXAMPLES: dict[str, Example] = {
                 ("Ada", "Bo"),
                 "Art_Theory",
             ),
+            Asked("validation_Math_2", f"How long?\n{WORD_OR_PHRASE}", ["b.png"], ("3.5",), "It is 3.50 m", (), "Math"),
+            Asked("validation_Math_5", f"Why?\n{WORD_OR_PHRASE}", ["b.png"], ("x", "y z"), "z y", (), "Math"),
             Asked(
                 "validation_Math_3",
                 f"Which?\nA. \nB. \n{LETTER}",
@@ -279,7 +288,6 @@ EXAMPLES: dict[str, Example] = {
         0.5,
         ("id", "question", "options", "answer", "image_1"),
         split="validation",
-        num_left_out=1,
     ),
     "gqa": Example(
         {

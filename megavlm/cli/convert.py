@@ -26,6 +26,9 @@ def add(verbs: argparse._SubParsersAction) -> None:
     )
     verb.add_argument("--recipe", type=Path, help="from Hugging Face: the recipe of the model (default: config.json's)")
     verb.add_argument("--part", choices=("language", "vision"), help="to Hugging Face: this part alone")
+    verb.add_argument(
+        "--architecture", metavar="CLASS", help="to Hugging Face: write for this class, or say why it cannot be"
+    )
     verb.add_argument("--max-shard-size", metavar="SIZE", help="to Hugging Face: most bytes of a file (default: 2GB)")
     verb.add_argument(
         "--dtype", choices=sorted(DTYPES), help="to Hugging Face: type of the weights (default: as saved)"
@@ -53,6 +56,7 @@ def _convert(options: argparse.Namespace) -> None:
             options.overrides,
             recipe=options.recipe,
             part=options.part,
+            architecture=options.architecture,
             max_shard_size=options.max_shard_size,
             dtype=options.dtype,
         )
@@ -64,7 +68,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 def _refuse_settings(options: argparse.Namespace) -> None:
     """Refuse what only a conversion can use."""
-    for name in ("recipe", "part", "max_shard_size", "dtype"):
+    for name in ("recipe", "part", "architecture", "max_shard_size", "dtype"):
         if (value := getattr(options, name)) is not None:
             raise ValueError(
                 f"--{name.replace('_', '-')}={value}: is for a conversion, and --verify-only makes none. Leave it out."

@@ -4,22 +4,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megavlm.convert import clip, internvit, internvl, llama, nvlm, qwen2
+from megavlm.convert import clip, dinov2, internvit, internvl, llama, llava, nvlm, own_layout, qwen2, siglip
+from megavlm.convert.own_config import own_tree
 from megavlm.convert.parts import ModelParts
-from megavlm.convert.recipe_of import (
-    Tree,
-    clip_tree,
-    decoder_tree,
-    internvit_tree,
-    internvl_tree,
-    nvlm_d_tree,
-    original_internvit_tree,
-    original_internvl_tree,
-)
+from megavlm.convert.recipe_of.dinov2 import dinov2_tree
+from megavlm.convert.recipe_of.language import decoder_tree
+from megavlm.convert.recipe_of.llava import ORIGINAL_DECODERS, llava_tree, original_llava_tree
+from megavlm.convert.recipe_of.values import Tree
+from megavlm.convert.recipe_of.vision import clip_tree, internvit_tree, original_internvit_tree, siglip_tree
+from megavlm.convert.recipe_of.whole import internvl_tree, nvlm_d_tree, original_internvl_tree
 from megavlm.convert.weight_map import WeightMap
 from megavlm.models.language import LanguageConfig
 from megavlm.models.vision.clip import ClipConfig
+from megavlm.models.vision.dinov2 import Dinov2Config
 from megavlm.models.vision.internvit import InternViTConfig
+from megavlm.models.vision.siglip import SiglipConfig
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,19 @@ def _clip(parts: ModelParts) -> ClipConfig:
     return parts.vision
 
 
+def _dinov2(parts: ModelParts) -> Dinov2Config:
+    assert isinstance(parts.vision, Dinov2Config)
+    return parts.vision
+
+
+def _siglip(parts: ModelParts) -> SiglipConfig:
+    assert isinstance(parts.vision, SiglipConfig)
+    return parts.vision
+
+
 _CLIP = Family(lambda config: {"vision": clip_tree(config)}, lambda parts: clip.weight_map(_clip(parts)))
+_SIGLIP = Family(lambda config: {"vision": siglip_tree(config)}, lambda parts: siglip.weight_map(_siglip(parts)))
+_ORIGINAL_LLAVA = Family(original_llava_tree, lambda parts: llava.original_weight_map(parts.whole()))
 _NVLM_D = Family(nvlm_d_tree, lambda parts: nvlm.weight_map(parts.whole()))
 
 FAMILIES: dict[str, Family] = {
@@ -65,10 +76,18 @@ FAMILIES: dict[str, Family] = {
     ),
     "CLIPVisionModel": _CLIP,
     "CLIPModel": _CLIP,
+    "SiglipVisionModel": _SIGLIP,
+    "SiglipModel": _SIGLIP,
+    "Dinov2Model": Family(
+        lambda config: {"vision": dinov2_tree(config)}, lambda parts: dinov2.weight_map(_dinov2(parts))
+    ),
     "InternVLVisionModel": Family(
         lambda config: {"vision": internvit_tree(config)}, lambda parts: internvit.weight_map(_internvit(parts))
     ),
     "InternVLForConditionalGeneration": Family(internvl_tree, lambda parts: internvl.weight_map(parts.whole())),
+    "LlavaForConditionalGeneration": Family(llava_tree, lambda parts: llava.weight_map(parts.whole())),
+    **dict.fromkeys(ORIGINAL_DECODERS, _ORIGINAL_LLAVA),
+    own_layout.ARCHITECTURE: Family(own_tree, lambda parts: own_layout.weight_map(parts.whole())),
     "InternVisionModel": Family(  # the original release, as the next two
         lambda config: {"vision": original_internvit_tree(config)},
         lambda parts: internvit.original_weight_map(_internvit(parts)),

@@ -18,6 +18,7 @@ def convert_folder(
     *,
     recipe: Path | None = None,
     part: str | None = None,
+    architecture: str | None = None,
     max_shard_size: str | None = None,
     dtype: str | None = None,
 ) -> Path:
@@ -29,6 +30,7 @@ def convert_folder(
         overrides: see :func:`import_folder` and :func:`export_folder`; with ``recipe`` they change the recipe.
         recipe: from Hugging Face: file of the recipe that the weights are for.
         part: to Hugging Face: ``language`` or ``vision`` alone.
+        architecture: to Hugging Face: class to write for; None: the best.
         max_shard_size: to Hugging Face: most bytes of a file, as ``2GB`` (the default).
         dtype: to Hugging Face: ``bf16`` or ``fp32``; None: as saved.
 
@@ -39,7 +41,7 @@ def convert_folder(
         ValueError: see there; or an option belongs to the other direction.
     """
     is_published = (source / CONFIG_NAME).exists()
-    to_hf = {"part": part, "max-shard-size": max_shard_size, "dtype": dtype}
+    to_hf = {"part": part, "architecture": architecture, "max-shard-size": max_shard_size, "dtype": dtype}
     for name, value in (to_hf if is_published else {"recipe": recipe}).items():
         if value is not None:
             way, has = ("to", "has a") if is_published else ("from", "has no")
@@ -49,4 +51,6 @@ def convert_folder(
     if is_published:
         return import_folder(source, target, overrides=overrides)
     size = parse_size(max_shard_size or "2GB")
-    return export_folder(source, target, overrides, part=part, max_shard_bytes=size, dtype=dtype)
+    return export_folder(
+        source, target, overrides, part=part, architecture=architecture, max_shard_bytes=size, dtype=dtype
+    )

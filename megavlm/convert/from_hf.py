@@ -13,10 +13,12 @@ from megavlm.checkpoint import RunFolder
 from megavlm.checkpoint.folder import RELEASE
 from megavlm.checkpoint.release import ReleaseTensor, write_release
 from megavlm.config import dump_recipe, load_recipe, validate
+from megavlm.convert.carried import CARRIED_NAME, write_carried
 from megavlm.convert.families import Family, family_of
 from megavlm.convert.parts import MODEL_NAME, ModelFile, ModelParts, weight_shapes
+from megavlm.convert.processor import PROCESSOR_FILES
 from megavlm.convert.read_hf import PublishedFolder, read_json
-from megavlm.convert.recipe_of import Tree
+from megavlm.convert.recipe_of.values import Tree
 from megavlm.convert.staging import progress_bar, staged
 from megavlm.convert.weight_map import WeightReader, refuse_leftovers
 from megavlm.data.tokenizers import HuggingFaceTokenizerConfig
@@ -25,7 +27,7 @@ from megavlm.runtime.log import LOGGER
 
 PUBLISHED = "published"
 """Folder inside the checkpoint with the JSON files of the model that it was made from."""
-CARRIED_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
+CARRIED_FILES = ("config.json", "generation_config.json", *PROCESSOR_FILES)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -58,15 +60,7 @@ def import_folder(source: Path, target: Path, recipe: Recipe | None = None, over
     Raises:
         ValueError: the folder is damaged or of another kind, or does not fit the recipe; nothing is left behind.
     """
-    published = PublishedFolder(source)
-    family = family_of(published.config)
-    stated = family.read(published.config)
-    model = _describe(stated, source, recipe, overrides)
-    if recipe is None and "language" in stated:
-        model = model.model_copy(update={"tokenizer": _tokenizer(published, target)})
-    _check_same(stated, model.model, source)
-    incoming = _Incoming(published, family, model.model, _vocab_size(stated, model, source))
-    files = _files(source, model, recipe)
+    model, incoming, files = open_folder(source, target, recipe, overrides)
     with staged(target) as folder:
         (folder / MODEL_NAME).write_text(model.dump(), encoding="utf-8")
         with progress_bar() as progress:
@@ -76,12 +70,45 @@ def import_folder(source: Path, target: Path, recipe: Recipe | None = None, over
                 progress.advance(task)
                 return incoming.read(key)
 
+            if incoming.carried:
+                carried = folder / Path(CARRIED_NAME).name
+                write_carried(carried, incoming.carried, incoming.read_carried)
+                files[CARRIED_NAME] = carried
             written = write_release(RunFolder(folder), incoming.tensors, read, files)
+            if incoming.carried:
+                carried.unlink()
     LOGGER.info("%s: %d tensors of %s", target / written.name, len(incoming.tensors), ", ".join(model.model.names))
+    if incoming.carried:
+        LOGGER.info("%d that the model has no use for are carried in %s", len(incoming.carried), CARRIED_NAME)
     return target / written.name
 
 
-class _Incoming:
+def open_folder(
+    source: Path, target: Path, recipe: Recipe | None = None, overrides: Sequence[str] = ()
+) -> "tuple[ModelFile, Incoming, dict[str, bytes | Path]]":
+    """Say what :func:`import_folder` would write, from the headers of the files alone.
+
+    Args:
+        source, target, recipe, overrides: as there.
+
+    Returns:
+        The model, its weights, and the small files of the checkpoint by their names.
+
+    Raises:
+        ValueError: as there.
+    """
+    published = PublishedFolder(source)
+    family = family_of(published.config)
+    stated = family.read(published.config)
+    model = _describe(stated, source, recipe, overrides)
+    if recipe is None and "language" in stated:
+        model = model.model_copy(update={"tokenizer": _tokenizer(published, target)})
+    _check_same(stated, model.model, source)
+    incoming = Incoming(published, family, model.model, _vocab_size(stated, model, source))
+    return model, incoming, _files(source, model, recipe)
+
+
+class Incoming:
     """The weights of our model, made of published ones when they are asked for."""
 
     def __init__(self, published: PublishedFolder, family: Family, parts: ModelParts, vocab_size: int | None) -> None:
@@ -97,14 +124,21 @@ class _Incoming:
         self.tensors: dict[str, ReleaseTensor] = {}
         for key, wanted in shapes.items():
             found = checked.read(key)
-            if found.dtype not in _DTYPES:
-                raise ValueError(
-                    f"{published.path}: {key} is of type {found.dtype}, which is not one of "
-                    f"{', '.join(map(str, _DTYPES))}. Quantised weights cannot be converted; take the original ones."
-                )
+            self._check_dtype(key, found.dtype)
             self._check_shape(key, tuple(found.shape), wanted.shape)
             self.tensors[key] = replace(wanted, dtype=found.dtype)
         refuse_leftovers(self._reader.leftover(checked.used))
+        self.carried = {key: checked.read_carried(key) for key in checked.carried_keys()}
+        """Templates of what the model has no use for and an exported folder has (see ``carried.py``)."""
+        for key, template in self.carried.items():
+            self._check_dtype(key, template.dtype)
+
+    def _check_dtype(self, key: str, dtype: torch.dtype) -> None:
+        if dtype not in _DTYPES:
+            raise ValueError(
+                f"{self._published.path}: {key} is of type {dtype}, which is not one of "
+                f"{', '.join(map(str, _DTYPES))}. Quantised weights cannot be converted; take the original ones."
+            )
 
     def _check_shape(self, key: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
         if found == wanted or (key in _VOCABULARY_KEYS and found[1:] == wanted[1:] and found[0] < wanted[0]):
@@ -113,6 +147,10 @@ class _Incoming:
             f"{self._published.path}: {key} has shape {found}, and the model's has {wanted}. config.json and the "
             "weights, or the recipe, are not of one model: check them."
         )
+
+    def read_carried(self, key: str) -> Tensor:
+        """Return a full tensor of :attr:`carried`."""
+        return self._reader.read_carried(key)
 
     def read(self, key: str) -> Tensor:
         """Return our full tensor. New rows of the vocabulary are the mean of the others."""
@@ -142,7 +180,7 @@ def _describe(stated: Mapping[str, Tree], source: Path, recipe: Recipe | None, o
         return ModelFile(model=whole.only(*names), tokenizer=recipe.tokenizer)
     tree: dict[str, Any] = {name: {key: v for key, v in part.items() if v is not None} for name, part in stated.items()}
     if len(stated) > 1:
-        tree["fusion"] = {"kind": "decoder_only"}
+        tree.setdefault("fusion", {"kind": "decoder_only"})
     model = validate({"model": tree}, ModelFile, str(source / "config.json"))
     if not overrides:
         return model
@@ -180,11 +218,13 @@ def _resolved(part: str, name: str, parts: ModelParts) -> Any:
     """A field's value, or what it stands for where it is left open."""
     config = getattr(parts, part)
     value = getattr(config, name)
+    if value is None and name == "every_n_layers":
+        return config.interval(parts.whole().language.num_layers)
     if value is None and name == "num_query_groups":
         return config.num_attention_heads
     if value is None and name == "kv_channels":
         return config.hidden_size // config.num_attention_heads
-    if value is None and (part, name) == ("connector", "ffn_hidden_size"):
+    if value is None and (part, name) == ("connector", "ffn_hidden_size") and config.num_layers == 2:
         return parts.whole().language.hidden_size
     return value
 
@@ -233,7 +273,7 @@ def _tokenizer(published: PublishedFolder, target: Path) -> HuggingFaceTokenizer
     if not (published.path / "tokenizer.json").is_file():
         return None
     added = read_json(published.path / "tokenizer.json").get("added_tokens") or []
-    image_id = published.config.get("image_token_id")
+    image_id = published.config.get("image_token_id", published.config.get("image_token_index"))
     image_token = next((entry["content"] for entry in added if entry["id"] == image_id), "<image>")
     return HuggingFaceTokenizerConfig(path=target.absolute() / RELEASE / "tokenizer", image_token=image_token)
 

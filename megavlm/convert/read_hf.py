@@ -45,7 +45,7 @@ class PublishedFolder(Mapping[str, Tensor]):
         self._files: dict[str, Path] = {}
         self._templates: dict[str, Tensor] = {}
         for file in self._find_files():
-            for name, template in _read_header(file).items():
+            for name, template in read_header(file).items():
                 if name in self._files:
                     raise ValueError(f"{file}: holds {name}, and so does {self._files[name].name}. Remove one of them.")
                 self._files[name], self._templates[name] = file, template
@@ -64,12 +64,7 @@ class PublishedFolder(Mapping[str, Tensor]):
             KeyError: the folder has none of that name.
             ValueError: its file cannot be read.
         """
-        file = self._files[name]
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                return tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: {name} cannot be read ({error}). Copy the file again.") from None
+        return read_tensor(self._files[name], name)
 
     @property
     def templates(self) -> Mapping[str, Tensor]:
@@ -133,10 +128,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _read_header(path: Path) -> dict[str, Tensor]:
-    """Names, shapes and dtypes of a safetensors file, after checking that the file is as long as they say.
+def read_tensor(path: Path, name: str) -> Tensor:
+    """Read a tensor of a safetensors file.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: {name} cannot be read ({error}). Copy the file again.") from None
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Read names, shapes and dtypes of a safetensors file, after checking that the file is as long as they say.
 
     Format: 8 bytes with the header's length (little endian), the header (JSON), the tensors' bytes.
+
+    Returns:
+        Tensors on the ``meta`` device by name.
+
+    Raises:
+        ValueError: the file is damaged or cut short, or a dtype is unknown.
     """
     remedy = "Copy it again."
     size = path.stat().st_size

@@ -11,19 +11,22 @@ from torch import Tensor
 from megavlm.checkpoint import RunFolder, durable, find_checkpoint
 from megavlm.checkpoint.weights import CheckpointWeights
 from megavlm.config import load_recipe
+from megavlm.convert import own_layout
+from megavlm.convert.carried import CompletedWeights
 from megavlm.convert.config_of import architecture_of, published_config
 from megavlm.convert.families import FAMILIES
 from megavlm.convert.from_hf import PUBLISHED
 from megavlm.convert.parts import MODEL_NAME, ModelFile, ModelParts, weight_shapes
+from megavlm.convert.processor import PROCESSOR_FILES, stop_token_ids, write_processor
 from megavlm.convert.read_hf import CONFIG_NAME, read_json
 from megavlm.convert.staging import progress_bar, staged
-from megavlm.convert.weight_map import WeightMap
 from megavlm.convert.write_hf import ShardWriter
 from megavlm.models.part import part_of
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
 
 RECIPE_NAME = "recipe.yaml"
+GENERATION_NAME = "generation_config.json"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _EMBEDDING = "language.embedding.word_embeddings.weight"
 _CARRIED = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "image_token_id")
@@ -36,6 +39,7 @@ def export_folder(
     overrides: Sequence[str] = (),
     *,
     part: str | None = None,
+    architecture: str | None = None,
     max_shard_bytes: int = 2 * 10**9,
     dtype: str | None = None,
 ) -> Path:
@@ -46,6 +50,7 @@ def export_folder(
         target: the folder to write; must not exist.
         overrides: changes to the checkpoint's recipe (``tokenizer.path=...``).
         part: ``language`` or ``vision`` of a whole model; None: all that the checkpoint holds.
+        architecture: the class to write for; None: the best (:func:`architecture_of`).
         max_shard_bytes: most bytes of tensors in a file.
         dtype: a key of :data:`DTYPES`; None: as saved.
 
@@ -61,24 +66,27 @@ def export_folder(
         raise ValueError(f"source={source}: holds neither a {CONFIG_NAME} nor a checkpoint. Check the path.")
     model, seq_length = _read_model(checkpoint, overrides)
     parts = _chosen(model.model, part)
-    architecture = architecture_of(parts)
+    architecture = architecture_of(parts, architecture)
     weights = CheckpointWeights(checkpoint)
     vocab_size = weights.template(_EMBEDDING).shape[0] if _EMBEDDING in weights else None
     keys = _check_weights(weights, parts, vocab_size)
-    table = FAMILIES[architecture].weight_map(parts)
-    config = published_config(parts, vocab_size, _carried(checkpoint, model, seq_length))
+    completed = CompletedWeights(weights, keys, parts, FAMILIES[architecture].weight_map)
+    values = _carried(checkpoint, model, seq_length)
+    config = published_config(completed.parts, vocab_size, values, architecture, extra=completed.extra)
     found = [weights.template(key).dtype for key in keys]
     saved = max(set(found), key=found.count)
     config["torch_dtype"] = str(DTYPES[dtype] if dtype else saved).removeprefix("torch.")
     with staged(target) as folder:
-        _write_weights(folder, weights, keys, table, max_shard_bytes, DTYPES[dtype] if dtype else None)
+        _write_weights(folder, completed, max_shard_bytes, DTYPES[dtype] if dtype else None)
         _write_json(folder / CONFIG_NAME, config)
+        if architecture == own_layout.ARCHITECTURE:
+            for name in own_layout.MODEL_CODE:
+                durable.copy_file(own_layout.CODE_FOLDER / name, folder / name)
         if parts.language is not None:
-            _write_json(folder / "generation_config.json", _generation(checkpoint, config))
+            _write_json(folder / GENERATION_NAME, _generation(checkpoint, config))
             _write_tokenizer(folder, checkpoint, model)
-    LOGGER.info("%s: %s, %d tensors of %s", target, architecture, len(keys), checkpoint)
-    if parts.vision is not None:
-        LOGGER.info("%s: the image processor's files are not written; take the original model's", target)
+        _write_processor(folder, checkpoint, model, parts, overrides)
+    LOGGER.info("%s: %s, %d tensors of %s", target, architecture, len(completed.keys), checkpoint)
     return target
 
 
@@ -112,27 +120,20 @@ def _check_weights(weights: CheckpointWeights, parts: ModelParts, vocab_size: in
         found = tuple(weights.template(key).shape)
         if found != wanted.shape:
             raise ValueError(f"{weights.folder}: {key} has shape {found}, and the model's has {wanted.shape}. {remedy}")
-    extra = [key for key in weights if part_of(key) in parts.names and key not in shapes]
+    extra = [key for key in weights if part_of(key) in parts.weight_parts and key not in shapes]
     if extra:
         raise ValueError(f"{weights.folder}: {len(extra)} tensors are not in the model, first {extra[0]}. {remedy}")
     return list(shapes)
 
 
-def _write_weights(
-    folder: Path,
-    weights: CheckpointWeights,
-    keys: Sequence[str],
-    table: WeightMap,
-    max_shard_bytes: int,
-    dtype: torch.dtype | None,
-) -> None:
+def _write_weights(folder: Path, weights: CompletedWeights, max_shard_bytes: int, dtype: torch.dtype | None) -> None:
     def split(key: str, tensor: Tensor) -> dict[str, Tensor]:
-        rule, names = table.find(key)
+        rule, names = weights.table.find(key)
         return dict(zip(names, rule.layout.split(tensor if dtype is None else tensor.to(dtype)), strict=True))
 
-    groups = [split(key, weights.template(key)) for key in keys]
+    groups = [split(key, weights.template(key)) for key in weights.keys]
     with progress_bar() as progress, ShardWriter(folder, groups, max_shard_bytes) as writer:
-        for key in progress.track(keys, description=f"writing {folder.name.split('.writing-')[0]}"):
+        for key in progress.track(weights.keys, description=f"writing {folder.name.split('.writing-')[0]}"):
             for name, tensor in split(key, weights[key]).items():
                 writer.write(name, tensor)
 
@@ -143,7 +144,11 @@ def _carried(checkpoint: Path, model: ModelFile, seq_length: int | None) -> dict
     if original.is_file():
         outer = read_json(original)
         inner = next((outer[name] for name in _PART_CONFIGS if name in outer), outer)
-        return {name: inner.get(name, outer.get(name)) for name in _CARRIED}
+        values = {name: inner.get(name, outer.get(name)) for name in _CARRIED}
+        values["image_token_id"] = values["image_token_id"] or outer.get("image_token_index")  # LLaVA's name
+        if values["image_token_id"] is None and model.model.is_whole and (checkpoint / "tokenizer").is_dir():
+            values["image_token_id"] = _own_tokenizer(checkpoint, model).build().image_token_id
+        return values
     carried: dict[str, Any] = dict.fromkeys(_CARRIED) | {"max_position_embeddings": seq_length}
     if model.tokenizer is not None:
         tokenizer = _own_tokenizer(checkpoint, model).build()
@@ -164,7 +169,7 @@ def _own_tokenizer(checkpoint: Path, model: ModelFile) -> Any:
 
 
 def _generation(checkpoint: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    original = checkpoint / PUBLISHED / "generation_config.json"
+    original = checkpoint / PUBLISHED / GENERATION_NAME
     if original.is_file():
         return read_json(original)
     text = config.get("text_config", config)
@@ -182,5 +187,33 @@ def _write_tokenizer(folder: Path, checkpoint: Path, model: ModelFile) -> None:
         LOGGER.info("%s holds no tokenizer: none is written", checkpoint)
 
 
+def _write_processor(
+    folder: Path, checkpoint: Path, model: ModelFile, parts: ModelParts, overrides: Sequence[str]
+) -> None:
+    """What makes inputs of questions: as the run did, or, where nothing was trained, as the original model does."""
+    if (checkpoint / RECIPE_NAME).is_file():
+        recipe = load_recipe(checkpoint / RECIPE_NAME, overrides, Recipe)
+        config = _own_tokenizer(checkpoint, model)
+        if not config.path.exists():
+            LOGGER.warning("tokenizer.path=%s: is not there, so no processor files are written", config.path)
+            return
+        tokenizer = config.build()
+        write_processor(folder, recipe, tokenizer, parts.names)
+        if parts.language is not None:
+            path = folder / GENERATION_NAME
+            ends = stop_token_ids(recipe, tokenizer)
+            durable.replace_file(path, _json(read_json(path) | {"eos_token_id": ends}))
+        return
+    carried = [name for name in PROCESSOR_FILES if (checkpoint / PUBLISHED / name).is_file()]
+    for name in carried if parts.vision is not None else ():
+        durable.copy_file(checkpoint / PUBLISHED / name, folder / name)
+    if parts.vision is not None:
+        LOGGER.info("%s: processor files of the original model: %s", folder.name, ", ".join(carried) or "none")
+
+
 def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    durable.write_file(path, (json.dumps(tree, indent=2) + "\n").encode())
+    durable.write_file(path, _json(tree))
+
+
+def _json(tree: Mapping[str, Any]) -> bytes:
+    return (json.dumps(tree, indent=2) + "\n").encode()

@@ -26,11 +26,17 @@ class WeightMap:
 
     rules: tuple[Rule, ...]
     unused: tuple[str, ...] = ()
-    """Their tensors that our model has no use for (shell patterns): a pooling head, the other tower."""
+    """Their tensors that our model has no use for (shell patterns): a pooling head, the other tower. Those that a row
+    is about all the same are carried beside the weights, to be written again (see ``carried.py``)."""
     tied: tuple[tuple[str, str], ...] = ()
     """(name, same as): tensors that a checkpoint may repeat where they are tied; dropped if they really are equal."""
     spellings: tuple[tuple[str, str], ...] = ()
     """(prefix met, prefix in the rules): other names that checkpoints use for the same tensors."""
+    idle_norms: tuple[tuple[str, int], ...] = ()
+    """(our key without weight or bias, width): LayerNorms that their class has and our features never pass through.
+    Where none was carried, one that changes nothing is written."""
+    elsewhere: tuple[tuple[str, str], ...] = ()
+    """(prefix, what to do): tensors that a release may leave to another folder."""
 
     def find(self, our_key: str) -> tuple[Rule, tuple[str, ...]]:
         """Return the row about ``our_key`` and their names.
@@ -48,8 +54,19 @@ class WeightMap:
 
     def our_key(self, their_name: str) -> str | None:
         """Return the key that ``their_name`` is part of; None if no row is about it or our model has no use for it."""
-        if self.is_unused(their_name):
-            return None
+        return None if self.is_unused(their_name) else self._key_of(their_name)
+
+    def carried_key(self, their_name: str) -> str | None:
+        """Return our key for a tensor that our model has no use for and a folder of the family has; None for others."""
+        return self._key_of(their_name) if self.is_unused(their_name) else None
+
+    def carries(self, our_key: str) -> bool:
+        """Whether a folder of the family has a tensor of ours that our model has no use for."""
+        found = (rule.their_names(our_key) for rule in self.rules)
+        names = next((names for names in found if names is not None), ())
+        return bool(names) and all(self.is_unused(name) for name in names)
+
+    def _key_of(self, their_name: str) -> str | None:
         keys = (rule.our_key(their_name) for rule in self.rules)
         return next((key for key in keys if key is not None), None)
 
@@ -97,10 +114,31 @@ class WeightReader:
         missing = [name for name in names if name not in self._given]
         if missing:
             hint = "Check the model part of the recipe against the weights' own configuration."
+            hint = next((text for prefix, text in self._map.elsewhere if missing[0].startswith(prefix)), hint)
             if any(name == copy for name in missing for copy, _ in self._map.tied):
                 hint = "If the weights tie it, set model.language.share_embeddings_and_output_weights=true."
             raise ValueError(f"{our_key}: the given weights lack {', '.join(missing)}. {hint}")
         self.used.update(names)
+        return self._merge(our_key, rule, names)
+
+    def carried_keys(self) -> list[str]:
+        """Return our keys of the given tensors that are carried; one of which some are missing is not."""
+        found: dict[str, None] = {}
+        for name in self._given:
+            key = self._map.carried_key(name)
+            if key is not None and all(other in self._given for other in self._map.find(key)[1]):
+                found[key] = None
+        return list(found)
+
+    def read_carried(self, our_key: str) -> Tensor:
+        """Return one of :meth:`carried_keys`, in our layout.
+
+        Raises:
+            ValueError: it has another shape than the map's heads give.
+        """
+        return self._merge(our_key, *self._map.find(our_key))
+
+    def _merge(self, our_key: str, rule: Rule, names: tuple[str, ...]) -> Tensor:
         tensors = [self._tensors[self._given[name]] for name in names]
         try:
             return rule.layout.merge(tensors)

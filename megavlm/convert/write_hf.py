@@ -69,13 +69,16 @@ def parse_size(text: str) -> int:
 class ShardWriter:
     """The weight files of a Hugging Face folder. ``with`` closes them, and waits until they are on the disk."""
 
-    def __init__(self, folder: Path, groups: Sequence[dict[str, Tensor]], max_shard_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, groups: Sequence[dict[str, Tensor]], max_shard_bytes: int, *, stem: str = "model"
+    ) -> None:
         """Plan the files.
 
         Args:
             folder: exists.
             groups: name -> tensor on the ``meta`` device; the tensors of a group go into one file. In writing order.
             max_shard_bytes: most bytes of tensors in a file; a larger group has a file of its own.
+            stem: what the files' names begin with.
         """
         files = [_File()]
         for group in groups:
@@ -86,7 +89,7 @@ class ShardWriter:
             files[-1].num_bytes += num_bytes
         for number, file in enumerate(files, start=1):
             is_only = len(files) == 1
-            file.name = "model.safetensors" if is_only else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            file.name = f"{stem}.safetensors" if is_only else f"{stem}-{number:05d}-of-{len(files):05d}.safetensors"
         self._folder = folder
         self._files = files
         self._file_of = {name: file for file in files for name in file.entries}

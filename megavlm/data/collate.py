@@ -85,14 +85,17 @@ def pack(
         num_degraded=sum(sample.num_degraded for row in usable for sample in row),
     )
     boundaries = []
+    sources = []
     num_tiles = 0
     for row_index, row in enumerate(usable):
         boundaries.append(row_index * length)
+        sources.append(row[0].source if row else 0)
         start = 0
         for sample in row:
             stop = start + sample.num_tokens
             if start:
                 boundaries.append(row_index * length + start)
+                sources.append(sample.source)
             batch.tokens[row_index, start:stop] = sample.tokens
             batch.labels[row_index, start:stop] = sample.labels
             batch.loss_mask[row_index, start:stop] = sample.loss_mask
@@ -102,6 +105,7 @@ def pack(
             start = stop
         batch.visible_tiles[row_index, start:] = num_tiles  # empty ranges
     batch.cu_seqlens = torch.tensor([*boundaries, len(rows) * length], dtype=torch.int32)
+    batch.sources = torch.tensor(sources, dtype=torch.int64)
     return batch
 
 

@@ -17,11 +17,12 @@ from megavlm.data.tokenizers import Tokenizer
 
 ImageWrapper = Literal["nvlm", "internvl", "none"]
 
-_WRAPPER_TEXTS: dict[ImageWrapper, tuple[str, str]] = {
+IMAGE_WRAPPERS: dict[ImageWrapper, tuple[str, str]] = {
     "nvlm": ("<Image>", "</Image>"),
     "internvl": ("<img>", "</img>"),
     "none": ("", ""),
 }
+"""The text before and after an image."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def encode_segments(
     Raises:
         ValueError: the vocabulary lacks a special symbol of the template.
     """
-    before, after = _WRAPPER_TEXTS[wrapper]
+    before, after = IMAGE_WRAPPERS[wrapper]
     runs: list[TokenRun | ImageSlot] = []
     text, text_is_trained = "", False
     starts_text = True

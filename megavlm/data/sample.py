@@ -33,6 +33,8 @@ class Sample:
     """``[I]`` int64."""
     tokens_per_image: tuple[int, ...]
     """Tags and image tokens of each image."""
+    source: int = 0
+    """Index of the data source that it comes from."""
     num_degraded: int = 0
     """Images that got fewer tiles than the tiling chose, so that the sample fits."""
 

@@ -35,12 +35,13 @@ def initialize_weights(chunks: Sequence[MegatronModule], seed: int) -> None:
         std = part.init_method_std
         if slot.key.endswith(_RESIDUAL_WRITERS) and ".layers." in slot.key:
             std /= math.sqrt(2 * part.num_layers)
-        return torch.randn(slot.shape, generator=_generator(seed, slot.key)) * std
+        return torch.randn(slot.shape, generator=generator_of(seed, slot.key)) * std
 
     fill_weights(chunks, draw)
     assert count_unreachable(chunks) == 0, "a module keeps parameters out of its sharded state dict"
 
 
-def _generator(seed: int, key: str) -> torch.Generator:
+def generator_of(seed: int, key: str) -> torch.Generator:
+    """Return the generator that a fresh tensor of a checkpoint key is drawn by."""
     digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -159,7 +159,14 @@ class VLM(MegatronModule):
         attention_mask = packed_attention_mask(batch) if batch.is_packed else None
         visible_context = batch.visible_context() if self.route.uses_context else None
         hidden_states = self.language(
-            hidden_states, batch.position_ids, attention_mask, context, visible_context, cache, batch.is_padding()
+            hidden_states,
+            batch.position_ids,
+            attention_mask,
+            context,
+            visible_context,
+            cache,
+            batch.is_padding(),
+            self.language.router_observer.groups(batch, self.image_token_id),
         )
         if not self.post_process:
             return hidden_states if context is None else torch.cat([hidden_states, context])
@@ -252,9 +259,8 @@ def packed_attention_mask(batch: Batch) -> Tensor:
     Returns:
         ``[N, 1, S, S]`` bool, True where a token may not look (megatron-core's convention).
     """
-    num_rows, row_length = batch.tokens.shape
-    flat_positions = torch.arange(num_rows * row_length, device=batch.tokens.device)
-    sample = torch.searchsorted(batch.cu_seqlens.to(torch.int64), flat_positions, right=True).view(num_rows, row_length)
+    row_length = batch.tokens.shape[1]
+    sample = batch.sample_of_tokens()
     other_sample = sample[:, :, None] != sample[:, None, :]
     future = torch.ones(row_length, row_length, dtype=torch.bool, device=batch.tokens.device).triu(1)
     return (other_sample | future).unsqueeze(1)

@@ -109,7 +109,8 @@ class Receipt:
             versions = ", ".join(f"{name} {version}" for name, version in self.reload.versions.items())
             lines += [
                 f"- loaded by {self.reload.class_name} ({versions}) in a process of its own",
-                f"- pictures, each as one tile: {', '.join(PICTURES)} of matplotlib",
+                f"- pictures: {', '.join(PICTURES)} of matplotlib, each as one tile (or, where cross-attention reads "
+                "tiles, as two and a thumbnail)",
             ]
         lines += ["", "## Limits", "", *(f"- {limit}" for limit in LIMITS)]
         lines += _section("What does not hold", [f"- {fault}" for fault in self.faults])

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 import transformers
 
+from megavlm.convert.own_layout import ARCHITECTURE
 from megavlm.convert.receipt.document import Receipt
 from megavlm.convert.receipt.ours import ask_ours
 from megavlm.convert.receipt.output import NUM_NEW_TOKENS, OutputRow, compare_outputs
 from megavlm.convert.receipt.pair import Pair, find_pair
 from megavlm.convert.receipt.probe import Probes, make_probes
 from megavlm.convert.receipt.tensor import TensorRow, compare_tensors
-from megavlm.convert.receipt.theirs import Reload, ReloadError, ask_theirs, has_class
+from megavlm.convert.receipt.theirs import Reload, ReloadError, ask_theirs, why_not_asked
 
 _EMBEDDING = "language.embedding.word_embeddings.weight"
 
@@ -40,8 +41,9 @@ def make_receipt(source: Path, target: Path, overrides: Sequence[str] = ()) -> R
     faults = [fault for row in rows if (fault := row.fault) is not None]
     faults += [f"{one.name} ({one.side}): {one.reason}" for one in unmapped if one.is_fault]
     problem = next((row.problem for row in rows if row.problem), None)
-    if not has_class(pair.architecture):
-        said = _Said(not_compared=[f"logits not compared: no class of {pair.architecture} without remote code"])
+    unasked = why_not_asked(pair)
+    if unasked is not None:
+        said = _Said(not_compared=[f"logits not compared: {unasked}"])
     elif problem is not None:
         said = _Said(not_compared=[f"logits not compared: the tensors do not fit ({problem})"])
     else:
@@ -96,5 +98,9 @@ def _probes(pair: Pair) -> Probes:
         vocab_size = pair.published.templates[spellings[name]].shape[0]
     image_token_id = -1
     if pair.parts.is_whole:
-        image_token_id = pair.published.config.get("image_token_id", transformers.InternVLConfig().image_token_id)
+        config = pair.published.config
+        stated = config.get("image_token_id", config.get("image_token_index"))  # the second is LLaVA's name
+        if stated is None and pair.architecture != ARCHITECTURE:
+            stated = getattr(transformers, pair.architecture).config_class().image_token_id
+        image_token_id = -1 if stated is None else int(stated)
     return make_probes(pair, vocab_size, image_token_id)

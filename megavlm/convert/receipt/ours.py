@@ -86,10 +86,11 @@ def ask_ours(
         if pair.parts.language is None:
             return _encode(engine, chunk, probes.probes)
         outputs, continuations = [], []
+        uses_context = "cross_attention" in pair.parts.weight_parts
         for probe in probes.probes:
             tokens, chosen = probe.tokens, list[int]()
             for _ in range(num_new_tokens):
-                logits = _logits(engine, probe, tokens, num_rows)[:, : probes.vocab_size]
+                logits = _logits(engine, probe, tokens, num_rows, uses_context)[:, : probes.vocab_size]
                 if not chosen:
                     outputs.append(logits.clone())
                 if probes.image_token_id >= 0:
@@ -125,9 +126,16 @@ def _encode(engine: MegatronEngine, chunk: MegatronModule, probes: Sequence[Prob
     return Answers(features, [[] for _ in probes])
 
 
-def _logits(engine: MegatronEngine, probe: Probe, tokens: Tensor, num_rows: int) -> Tensor:
-    """``[S, V]`` of one row."""
+def _logits(engine: MegatronEngine, probe: Probe, tokens: Tensor, num_rows: int, uses_context: bool) -> Tensor:
+    """``[S, V]`` of one row. New tokens see what the last of the probe's sees."""
     row = tokens.unsqueeze(0)
+    num_tiles = len(probe.tiles)
+    visible = torch.zeros(len(tokens), 2, dtype=torch.int64)
+    context, tags = torch.zeros(num_tiles, dtype=torch.int64), torch.zeros(num_tiles, 0, dtype=torch.int64)
+    if probe.expansion is not None:
+        given = probe.expansion.visible_tiles
+        visible = torch.cat([given, given[-1:].expand(len(tokens) - len(given), 2)])
+        context, tags = probe.expansion.tile_context, probe.expansion.tile_tags
     batch = Batch(
         tokens=row,
         labels=torch.zeros_like(row),
@@ -135,7 +143,11 @@ def _logits(engine: MegatronEngine, probe: Probe, tokens: Tensor, num_rows: int)
         position_ids=torch.arange(row.shape[1]).unsqueeze(0),
         cu_seqlens=torch.tensor([0, row.shape[1]], dtype=torch.int32),
         tiles=probe.tiles,
-        tiles_per_image=torch.ones(len(probe.tiles), dtype=torch.int64),
-        visible_tiles=torch.zeros(1, row.shape[1], 2, dtype=torch.int64),
+        tiles_per_image=torch.tensor([num_tiles] if num_tiles else [], dtype=torch.int64),
+        visible_tiles=visible.unsqueeze(0),
+        tile_rows=torch.zeros(num_tiles, dtype=torch.int64),
+        tile_context=context,
+        tile_tags=tags,
+        context_length=max(1, int(context.sum())) if uses_context else 0,
     )
     return engine.logits(batch.to(engine.device), torch.ones_like(row), num_rows)

@@ -63,7 +63,7 @@ def find_pair(source: Path, target: Path, overrides: Sequence[str] = ()) -> Pair
     stated = family.read(published.config)
     names = [*stated, "fusion"] if len(stated) > 1 else list(stated)
     parts = _read_parts(checkpoint, () if is_import else overrides).only(*names)
-    lacking = [name for name in stated if name not in parts.names]
+    lacking = [name for name in stated if getattr(parts, name) is None]
     if lacking:
         raise ValueError(
             f"{checkpoint}: has no {', '.join(lacking)}, and {published.path} has. They are not of one model; "

@@ -1,5 +1,6 @@
 """The inputs that both sides of a conversion are given: sentences, and pictures that come with matplotlib."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,10 +9,12 @@ from matplotlib.cbook import get_sample_data
 from torch import Tensor
 
 from megavlm.convert.receipt.pair import Pair
+from megavlm.data.expansion import Expansion, ImageSlot, TokenRun, expand, route_image
 from megavlm.data.image import load_image
-from megavlm.data.tilings.whole import WholeTiling
+from megavlm.data.tilings.layout import TileLayout, cut_tiles
 from megavlm.data.tokenizers import HuggingFaceTokenizerConfig, SentencePieceTokenizerConfig, Tokenizer
 from megavlm.models.vision import AnyVisionConfig
+from megavlm.models.vlm import VLMConfig
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog near the river bank.",
@@ -27,7 +30,7 @@ _SEED = 20240914
 
 @dataclass(frozen=True)
 class Probe:
-    """One input. Shape letters: S tokens, T tiles (0 or 1), H W pixels."""
+    """One input. Shape letters: S tokens, T tiles, H W pixels."""
 
     name: str
     tokens: Tensor
@@ -36,6 +39,8 @@ class Probe:
     """``[T, 3, H, W]`` uint8."""
     pixel_values: Tensor
     """``[T, 3, H, W]`` float32: the tiles as our vision encoder normalises them."""
+    expansion: Expansion | None = None
+    """Where the tiles go, of a whole model with cross-attention."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,11 @@ def make_probes(pair: Pair, vocab_size: int, image_token_id: int) -> Probes:
     """
     parts, left_out = pair.parts, []
     pictures = []
+    layout = TileLayout(1, 1, has_thumbnail=False)
+    if parts.is_whole and parts.whole().fusion.tile_route.uses_context:
+        layout = TileLayout(2, 1, has_thumbnail=True)
     if parts.vision is not None:
-        pictures = [(f"picture {n}", *_tile(file, parts.vision)) for n, file in enumerate(PICTURES, start=1)]
+        pictures = [(f"picture {n}", *_tiles(file, parts.vision, layout)) for n, file in enumerate(PICTURES, start=1)]
     if parts.language is None:
         return Probes([Probe(n, _no_tokens(), tile, pixels) for n, tile, pixels in pictures], -1, 0, [])
     if pictures and not 0 <= image_token_id < vocab_size:
@@ -74,8 +82,8 @@ def make_probes(pair: Pair, vocab_size: int, image_token_id: int) -> Probes:
     nothing = torch.zeros(0, 3, 1, 1)
     probes = [Probe(name, tokens, nothing.byte(), nothing) for name, tokens in texts]
     for name, tile, pixels in pictures:
-        placeholders = torch.full((parts.whole().tokens_per_tile,), image_token_id)
-        probes.append(Probe(name, torch.cat([around[0], placeholders, around[1]]), tile, pixels))
+        expansion = _expand(parts.whole(), layout, around, image_token_id)
+        probes.append(Probe(name, expansion.tokens, tile, pixels, expansion))
     return Probes(probes, image_token_id, vocab_size, left_out)
 
 
@@ -106,11 +114,21 @@ def _find_tokenizer(folder: Path) -> Tokenizer | None:
     return None
 
 
-def _tile(name: str, vision: AnyVisionConfig) -> tuple[Tensor, Tensor]:
-    """A picture as one tile ``[1, 3, H, W]`` of bytes, and as pixel values."""
+def _expand(model: VLMConfig, layout: TileLayout, around: Sequence[Tensor], image_token_id: int) -> Expansion:
+    """A picture between two texts. Tags, where cross-attention reads some, are the first tokens of the second."""
+    before, after = (tuple(text.tolist()) for text in around)
+    tags: list[tuple[int, ...]] = [()] * layout.num_tiles
+    if model.fusion.tile_route.uses_context:
+        tags = [after[:length] for length in range(layout.num_tiles)]
+    image = route_image(tags, layout, model.tokens_per_tile, model.fusion.tile_route)
+    runs = (TokenRun(before, is_trained=False), ImageSlot(), TokenRun(after, is_trained=False))
+    return expand(runs, [image], image_token_id, model.fusion.tile_route.text_sees)
+
+
+def _tiles(name: str, vision: AnyVisionConfig, layout: TileLayout) -> tuple[Tensor, Tensor]:
+    """A picture as tiles ``[T, 3, H, W]`` of bytes, and as pixel values."""
     image = load_image(str(get_sample_data(name, asfileobj=False)))
-    tiling = WholeTiling(vision.image_size)
-    tile = tiling.cut(image, tiling.layout(image.width, image.height))
+    tile = cut_tiles(image, layout, vision.image_size)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (vision.image_mean, vision.image_std))
     return tile, (tile.float() / 255 - mean) / std
 

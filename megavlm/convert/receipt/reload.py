@@ -14,6 +14,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+IMAGES = ("pixel_values", "visible_tiles", "tile_in_context", "tile_tags")
+"""Inputs of images. All but the first are of models with cross-attention."""
+
 
 def main(folder: Path) -> None:
     """Answer the request in a folder."""
@@ -24,6 +27,7 @@ def main(folder: Path) -> None:
         dtype=torch.float32,
         attn_implementation="eager",
         local_files_only=True,
+        trust_remote_code=request["trusts_code"],
         output_loading_info=True,
     )
     model.eval()
@@ -31,13 +35,14 @@ def main(folder: Path) -> None:
     continuations: list[list[int]] = []
     with torch.no_grad():
         for number in range(request["num_probes"]):
-            tokens, pixels = inputs.get(f"tokens.{number}"), inputs.get(f"pixel_values.{number}")
+            tokens = inputs.get(f"tokens.{number}")
+            images = {name: inputs[f"{name}.{number}"] for name in IMAGES if f"{name}.{number}" in inputs}
             if tokens is None:
-                output = features(model, pixels, request["num_vision_layers"], request["keep_class_token"])
+                output = features(model, images["pixel_values"], request)
                 continuations.append([])
             else:
-                output = logits(model, tokens, pixels)
-                continuations.append(continuation(model, tokens, pixels, output, request))
+                output = logits(model, tokens, images)
+                continuations.append(continuation(model, tokens, images, output, request))
             answers[f"output.{number}"] = output.contiguous()
     save_file(answers, folder / "answers.safetensors")
     answer = {
@@ -51,14 +56,17 @@ def main(folder: Path) -> None:
     (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
 
 
-def logits(model: Any, tokens: Tensor, pixels: Tensor | None) -> Tensor:
-    """Return ``[S, V]`` of one row of tokens ``[S]``."""
-    images = {} if pixels is None else {"pixel_values": pixels}
+def logits(model: Any, tokens: Tensor, images: dict[str, Tensor]) -> Tensor:
+    """Return ``[S, V]`` of one row of tokens ``[S]``. New tokens see the tiles that the last given one sees."""
+    visible = images.get("visible_tiles")
+    if visible is not None:
+        new = visible[-1:].expand(len(tokens) - len(visible), 2)
+        images = images | {"visible_tiles": torch.cat([visible, new])[None]}
     return model(input_ids=tokens[None], use_cache=False, **images).logits[0]
 
 
 def continuation(
-    model: Any, tokens: Tensor, pixels: Tensor | None, output: Tensor, request: dict[str, Any]
+    model: Any, tokens: Tensor, images: dict[str, Tensor], output: Tensor, request: dict[str, Any]
 ) -> list[int]:
     """Return the most likely next tokens, never the placeholder of images; ``output``: the logits of ``tokens``."""
     chosen: list[int] = []
@@ -69,14 +77,18 @@ def continuation(
         chosen.append(int(last.argmax()))
         if len(chosen) == request["num_new_tokens"]:
             return chosen
-        output = logits(model, torch.cat([tokens, torch.tensor(chosen)]), pixels)
+        output = logits(model, torch.cat([tokens, torch.tensor(chosen)]), images)
 
 
-def features(model: Any, pixels: Tensor | None, num_layers: int, keep_class_token: bool) -> Tensor:
-    """Return ``[P, D]``: what comes out of layer ``num_layers`` of a vision encoder, for one tile."""
+def features(model: Any, pixels: Tensor, request: dict[str, Any]) -> Tensor:
+    """Return ``[P, D]``: what comes out of the last layer wanted of a vision encoder, or of the norm behind it."""
     encoder = getattr(model, "vision_model", model)
     states = encoder(pixel_values=pixels, output_hidden_states=True).hidden_states
-    return states[num_layers][0, 0 if keep_class_token else 1 :]
+    output = states[request["num_vision_layers"]]
+    if request["post_layernorm"]:
+        norm = encoder.post_layernorm if hasattr(encoder, "post_layernorm") else encoder.layernorm
+        output = norm(output)
+    return output[0, int(request["drop_first"]) :]
 
 
 if __name__ == "__main__":

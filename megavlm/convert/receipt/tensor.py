@@ -86,13 +86,13 @@ def compare_tensors(pair: Pair) -> tuple[list[TensorRow], list[Unmapped]]:
         A row for each of our tensors that the published folder has the part of, and the names without counterpart.
     """
     reader = WeightReader(pair.table, pair.published)
-    own = [key for key in sorted(pair.weights) if part_of(key) in pair.parts.names]
+    own = [key for key in sorted(pair.weights) if part_of(key) in pair.parts.weight_parts]
     with progress_bar() as progress:
         rows = [_compare(pair, reader, key) for key in progress.track(own, description="comparing tensors")]
     unmapped = [
         Unmapped(key, "ours", f"{part_of(key)}: this part is not in the published folder")
         for key in sorted(pair.weights)
-        if part_of(key) not in pair.parts.names
+        if part_of(key) not in pair.parts.weight_parts
     ]
     language = pair.parts.language
     if language is not None and language.share_embeddings_and_output_weights and _OUTPUT not in pair.weights:

@@ -11,6 +11,7 @@ from pathlib import Path
 import transformers
 from safetensors.torch import load_file, save_file
 
+from megavlm.convert.own_layout import ARCHITECTURE, foreign_code
 from megavlm.convert.receipt.output import Answers
 from megavlm.convert.receipt.pair import Pair
 from megavlm.convert.receipt.probe import Probes
@@ -45,9 +46,15 @@ class ReloadError(ValueError):
     """``transformers`` cannot load the folder, or fails on the inputs."""
 
 
-def has_class(architecture: str) -> bool:
-    """Whether ``transformers`` has the class itself. What comes with a folder's own code is never run."""
-    return hasattr(transformers, architecture)
+def why_not_asked(pair: Pair) -> str | None:
+    """Why ``transformers`` cannot be asked; None if it can.
+
+    What comes with a folder's own code is never run, unless that is MegaVLM's own, byte for byte.
+    """
+    if pair.architecture == ARCHITECTURE:
+        foreign = foreign_code(pair.published.path, pair.published.config)
+        return f"{foreign[0]}, and other code is not run" if foreign else None
+    return None if hasattr(transformers, pair.architecture) else f"no class of {pair.architecture} without remote code"
 
 
 def ask_theirs(pair: Pair, probes: Probes, num_new_tokens: int) -> tuple[Reload, Answers]:
@@ -59,17 +66,23 @@ def ask_theirs(pair: Pair, probes: Probes, num_new_tokens: int) -> tuple[Reload,
     vision = pair.parts.vision
     request = {
         "folder": str(pair.published.path.absolute()),
-        "architecture": pair.architecture,
+        "architecture": "AutoModelForImageTextToText" if pair.architecture == ARCHITECTURE else pair.architecture,
+        "trusts_code": pair.architecture == ARCHITECTURE,  # it was compared with ours
         "num_probes": len(probes.probes),
         "num_new_tokens": num_new_tokens,
         "image_token_id": probes.image_token_id,
         "num_vision_layers": None if vision is None else vision.num_layers_built,
-        "keep_class_token": vision is not None and vision.keep_class_token,
+        "drop_first": vision is not None and vision.has_class_token and not vision.keep_class_token,
+        "post_layernorm": getattr(vision, "post_layernorm", False),
     }
     inputs = {f"tokens.{number}": probe.tokens for number, probe in enumerate(probes.probes) if probe.tokens.numel()}
     for number, probe in enumerate(probes.probes):
         if probe.tiles.shape[0]:
             inputs[f"pixel_values.{number}"] = probe.pixel_values.contiguous()
+        if probe.expansion is not None and pair.architecture == ARCHITECTURE:
+            inputs[f"visible_tiles.{number}"] = probe.expansion.visible_tiles
+            inputs[f"tile_in_context.{number}"] = probe.expansion.tile_context != 0
+            inputs[f"tile_tags.{number}"] = probe.expansion.tile_tags
     environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -81,7 +94,7 @@ def ask_theirs(pair: Pair, probes: Probes, num_new_tokens: int) -> tuple[Reload,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env=environment | {"HF_HUB_OFFLINE": "1"},
+            env=environment | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")},
             check=False,
         )
         if result.returncode:

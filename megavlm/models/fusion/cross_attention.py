@@ -46,7 +46,11 @@ class CrossAttentionConfig(Config):
                 f"model.fusion.first_layer={self.first_layer}: the language model has {num_layers} layers, counted "
                 "from 0, so none would have cross-attention. Lower it."
             )
-        return tuple(range(self.first_layer, num_layers, self.every_n_layers or max(1, num_layers // 10)))
+        return tuple(range(self.first_layer, num_layers, self.interval(num_layers)))
+
+    def interval(self, num_layers: int) -> int:
+        """One layer in so many of ``num_layers`` has cross-attention: ``every_n_layers``, or what None stands for."""
+        return self.every_n_layers or max(1, num_layers // 10)
 
     def extend(self, layers: list[ModuleSpec], backend: Backend) -> list[ModuleSpec]:
         """Return the specs of the decoder's layers, the chosen ones with gated cross-attention."""

@@ -13,7 +13,9 @@ import torch
 
 from megavlm.models.backend import Backend
 from megavlm.models.vision.clip import ClipConfig
+from megavlm.models.vision.dinov2 import Dinov2Config
 from megavlm.models.vision.internvit import InternViTConfig
+from megavlm.models.vision.siglip import SiglipConfig
 
 
 class VisionConfig(Protocol):
@@ -42,7 +44,11 @@ class VisionConfig(Protocol):
 
 VISION_ENCODERS: dict[str, type] = {
     "clip": ClipConfig,
+    "dinov2": Dinov2Config,
     "internvit": InternViTConfig,
+    "siglip": SiglipConfig,
 }
 
-AnyVisionConfig = Annotated[ClipConfig | InternViTConfig, pydantic.Field(discriminator="kind")]
+AnyVisionConfig = Annotated[
+    ClipConfig | Dinov2Config | InternViTConfig | SiglipConfig, pydantic.Field(discriminator="kind")
+]

@@ -5,7 +5,7 @@ Both sizes are settings: the 6B has RMSNorm, QK-norm over the full width and no 
 of a batch, H heads (of this tensor-parallel rank), D channels of a head.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pydantic
@@ -21,6 +21,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megavlm.models.backend import Backend, attention_spec, layer_spec
+from megavlm.models.vision.layer_scale import LayerScale
 from megavlm.models.vision.tile_embedding import TileEmbedding
 from megavlm.models.vision.transformer import VisionTransformer, VisionTransformerConfig
 from megavlm.models.weights import start_at
@@ -86,30 +87,6 @@ class InternViTConfig(VisionTransformerConfig):
         )
         residual = ModuleSpec(module=LayerScale, params={"config": config, "scale": self.layer_scale})
         return layer_spec(backend, attention, residual=residual)
-
-
-class LayerScale(torch.nn.Module):
-    """Adds a branch to the residual stream, each channel times a learned scale (CaiT, arXiv 2103.17239).
-
-    It stands where megatron-core has its bias-dropout-add: called with the mode, it gives the function that adds.
-    """
-
-    def __init__(self, config: TransformerConfig, scale: float) -> None:
-        super().__init__()
-        scales = torch.full((config.hidden_size,), scale, dtype=config.params_dtype, device=current_device())
-        self.weight = start_at(torch.nn.Parameter(scales), scale)
-
-    def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
-        """Return :meth:`add`, the same in training and evaluation: the encoder has no dropout."""
-        return self.add
-
-    def add(self, branch_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
-        """``residual + scale * (branch + bias)``, all ``[S, N, D]`` but the bias ``[D]``."""
-        assert dropout == 0.0, "built with hidden_dropout 0"
-        branch, bias = branch_and_bias
-        if bias is not None:
-            branch = branch + bias
-        return torch.addcmul(residual, branch, self.weight)
 
 
 class FullWidthRMSNorm(torch.nn.Module):

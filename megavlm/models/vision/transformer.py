@@ -4,8 +4,9 @@ A kind adds its own fields, its layer spec and its family's constants (``clip.py
 tiles, P patches of a tile, D hidden width.
 """
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pydantic
 import torch
@@ -52,15 +53,27 @@ class VisionTransformerConfig(Config):
     init_method_std: pydantic.PositiveFloat = 0.02
     """Standard deviation of fresh weights."""
 
+    has_class_token: ClassVar[bool] = True
+    """Whether the kind has a class token."""
+    cuts_tiles: ClassVar[bool] = False
+    """Whether a tile may be no whole number of patches wide; what is left over is then not seen."""
+
     @pydantic.model_validator(mode="after")
     def _sizes_fit(self) -> "VisionTransformerConfig":
-        for divisor in ("patch_size", "num_attention_heads"):
+        for divisor in ("num_attention_heads",) if self.cuts_tiles else ("patch_size", "num_attention_heads"):
             whole = "image_size" if divisor == "patch_size" else "hidden_size"
             if getattr(self, whole) % getattr(self, divisor):
                 raise ValueError(
                     f"model.vision.{whole}={getattr(self, whole)}: is not a multiple of "
                     f"{divisor}={getattr(self, divisor)}. Change one of them."
                 )
+        if self.patch_size > self.image_size:
+            raise ValueError(
+                f"model.vision.image_size={self.image_size}: is smaller than patch_size={self.patch_size}. "
+                "Change one of them."
+            )
+        if self.keep_class_token and not self.has_class_token:
+            raise ValueError("model.vision.keep_class_token=True: this kind has no class token. Set it to false.")
         if -self.select_layer > self.num_layers:
             raise ValueError(
                 f"model.vision.select_layer={self.select_layer}: the encoder has num_layers={self.num_layers}. "
@@ -77,6 +90,11 @@ class VisionTransformerConfig(Config):
     def num_layers_built(self) -> int:
         """Layers up to the selected one."""
         return self.num_layers + 1 + self.select_layer
+
+    @property
+    def num_ffn_inputs(self) -> int:
+        """Projections from ``hidden_size`` to ``ffn_hidden_size``: one, or two where a gate multiplies the other."""
+        return 1
 
     def check_layout(self, tensor_model_parallel_size: int) -> None:
         """Check that the encoder can be split. Any number of heads can: dummy heads fill up.
@@ -117,7 +135,7 @@ class VisionTransformerConfig(Config):
 
 
 class VisionTransformer(MegatronModule):
-    """Tile embedding and pre-norm transformer layers, without a norm at the end."""
+    """Tile embedding and pre-norm layers; a norm before the first and after the last where a kind has it."""
 
     def __init__(
         self,
@@ -128,6 +146,7 @@ class VisionTransformer(MegatronModule):
         backend: Backend,
         *,
         has_pre_layernorm: bool,
+        has_post_layernorm: bool = False,
     ) -> None:
         """Build the encoder.
 
@@ -138,17 +157,19 @@ class VisionTransformer(MegatronModule):
             layer: spec of one layer; its attention must see both ways.
             backend: where the norms come from.
             has_pre_layernorm: whether a norm stands before the first layer.
+            has_post_layernorm: whether a norm stands after the last layer that is built.
         """
         super().__init__(transformer_config)
-        self.keep_class_token = config.keep_class_token
+        self.num_dropped = int(config.has_class_token and not config.keep_class_token)
         self.embedding = embedding
-        self.pre_layernorm = None
-        if has_pre_layernorm:
-            self.pre_layernorm = backend.norm(
-                config=transformer_config,
-                hidden_size=transformer_config.hidden_size,
-                eps=transformer_config.layernorm_epsilon,
-            )
+        norm = functools.partial(
+            backend.norm,
+            config=transformer_config,
+            hidden_size=transformer_config.hidden_size,
+            eps=transformer_config.layernorm_epsilon,
+        )
+        self.pre_layernorm = norm() if has_pre_layernorm else None
+        self.post_layernorm = norm() if has_post_layernorm else None
         self.encoder = TransformerBlock(
             config=transformer_config,
             spec=block_spec(backend, [layer] * transformer_config.num_layers),
@@ -173,7 +194,9 @@ class VisionTransformer(MegatronModule):
         if self.pre_layernorm is not None:
             hidden_states = self.pre_layernorm(hidden_states)
         features = self.encoder(hidden_states, attention_mask=None)
-        return features[0 if self.keep_class_token else 1 :].transpose(0, 1)
+        if self.post_layernorm is not None:
+            features = self.post_layernorm(features)
+        return features[self.num_dropped :].transpose(0, 1)
 
     def sharded_state_dict(
         self,

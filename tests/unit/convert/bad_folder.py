@@ -104,6 +104,38 @@ BAD_FOLDERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "pooling": ("internvit", config(use_mean_pooling=False), r"use_mean_pooling=False"),
     "oblong": ("internvit", config(image_size=[56, 28]), r"image_size=\[56, 28\] \(supported: squares\)"),
     "clip_activation": ("clip_vision", config(hidden_act="relu"), r"hidden_act='relu'.*'quick_gelu', 'gelu'"),
+    "siglip_activation": (
+        "siglip",
+        config(vision_config__hidden_act="gelu"),
+        r"hidden_act='gelu'.*'gelu_pytorch_tanh'",
+    ),
+    "llava_layers": (
+        "llava",
+        config(vision_feature_layer=[-2, -5]),
+        r"vision_feature_layer=\[-2, -5\] \(supported: one",
+    ),
+    "llava_first_layer": (
+        "llava",
+        config(vision_feature_layer=2),
+        r"vision_feature_layer=2 \(supported: one number below 0",
+    ),
+    "llava_activation": (
+        "llava",
+        config(projector_hidden_act="relu"),
+        r"projector_hidden_act='relu' \(supported: 'gelu'",
+    ),
+    "llava_tower": (
+        "llava",
+        config(vision_config={"model_type": "siglip2_vision_model"}),
+        r"vision_config\.model_type='siglip2_vision_model' \(supported: clip_vision_model, siglip_vision_model\)",
+    ),
+    "llava_text": ("llava", config(text_config__model_type="gemma2"), r"text_config\.model_type='gemma2'"),
+    "llava_first_patch": (
+        "llava_siglip",
+        config(vision_feature_select_strategy="default"),
+        r"vision_feature_select_strategy='default' \(supported: 'full'\)",
+    ),
+    "llava_too_deep": ("llava", config(vision_feature_layer=-4), r"vision_feature_layer=-4 \(supported: -1 to -3\)"),
     "cut_short": ("llama", cut_short, r"model\.safetensors: has \d+ bytes, and should have \d+"),
     "cut_to_nothing": ("llama", cut_to_nothing, r"has 3 bytes and announces a header of 256: it is cut short"),
     "no_header": ("llama", no_header, r"its header is damaged"),

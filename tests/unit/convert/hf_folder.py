@@ -14,6 +14,8 @@ from published import (
     make_llama,
     make_llama_3_1,
     make_llama_tied,
+    make_llava,
+    make_llava_siglip,
     make_qwen2,
     make_qwen2_tied,
 )
@@ -28,6 +30,10 @@ from transformers import (
     InternVLVisionModel,
     MistralConfig,
     MistralForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 CLIP = {
@@ -63,6 +69,17 @@ def make_clip() -> torch.nn.Module:
     return model
 
 
+def make_siglip_vision() -> torch.nn.Module:
+    return _randomized(SiglipVisionModel(SiglipVisionConfig(**CLIP | {"image_size": 47})))
+
+
+def make_siglip() -> torch.nn.Module:
+    text = {name: value for name, value in CLIP.items() if "size" in name or "num" in name}
+    model = SiglipModel(SiglipConfig(vision_config=CLIP, text_config=text | {"projection_size": 20}))
+    _randomized(model.vision_model)
+    return model
+
+
 def make_internvit() -> torch.nn.Module:
     return _randomized(InternVLVisionModel(InternVLVisionConfig(**INTERNVIT, attention_bias=True)))
 
@@ -86,11 +103,17 @@ FOLDERS: dict[str, Callable[[], torch.nn.Module]] = {
     "qwen2_tied": lambda: make_qwen2_tied().model,
     "clip_vision": make_clip_vision,
     "clip": make_clip,
+    "siglip_vision": make_siglip_vision,
+    "siglip": make_siglip,
     "internvit": make_internvit,
     "internvit_qk_norm": make_internvit_qk_norm,
     "internvl": lambda: make_internvl().model,
     "internvl_tied": lambda: make_internvl_tied().model,
+    "llava": lambda: make_llava().model,
+    "llava_siglip": lambda: make_llava_siglip().model,
 }
+BOTH_TOWERS = {"clip", "siglip"}
+"""Those of which the vision tower alone is taken."""
 
 
 def save(family: str, folder: Path, **options: Any) -> torch.nn.Module:
@@ -103,6 +126,20 @@ def save(family: str, folder: Path, **options: Any) -> torch.nn.Module:
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def as_published(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put back into the names what published folders have there and the installed transformers leaves out."""
+    before, after = {
+        "clip_vision": ("", "vision_model."),
+        "siglip_vision": ("", "vision_model."),
+        "llava": ("vision_tower.", "vision_tower.vision_model."),
+        "llava_siglip": ("vision_tower.", "vision_tower.vision_model."),
+    }.get(family, ("", ""))
+    return {
+        after + name.removeprefix(before) if name.startswith(before) else name: tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def assert_same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

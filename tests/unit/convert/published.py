@@ -11,16 +11,20 @@ from transformers import (
     InternVLForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
-from megavlm.convert import internvl, llama, qwen2
+from megavlm.convert import internvl, llama, llava, qwen2
 from megavlm.convert.weight_map import WeightMap
 from megavlm.models.connectors.mlp import MLPConnectorConfig
 from megavlm.models.fusion.decoder_only import DecoderOnlyConfig
 from megavlm.models.language import LanguageConfig
+from megavlm.models.vision.clip import ClipConfig
 from megavlm.models.vision.internvit import InternViTConfig
+from megavlm.models.vision.siglip import SiglipConfig
 from megavlm.models.vlm import VLMConfig
 
 VOCAB_SIZE = 50
@@ -140,6 +144,61 @@ def make_internvl_tied() -> Published:
     return make_internvl(tied=True)
 
 
+def make_llava() -> Published:
+    """With the class token in the tower only, Llama, and features of the last layer but one."""
+    tower = _TOWER | {"model_type": "clip_vision_model", "image_size": 28}
+    theirs = LlavaConfig(
+        vision_config=tower,
+        text_config={"model_type": "llama", **TEXT},
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=4,
+        vision_feature_layer=-2,
+    )
+    vision = ClipConfig(**_OUR_TOWER, image_size=28, select_layer=-2)
+    return _make_llava(theirs, vision, language_config())
+
+
+def make_llava_siglip() -> Published:
+    """A tile of no whole number of patches, features of the last layer before the norm, Qwen2, tied."""
+    tower = _TOWER | {"model_type": "siglip_vision_model", "image_size": 39}
+    theirs = LlavaConfig(
+        vision_config=tower,
+        text_config={"model_type": "qwen2", **TEXT, "tie_word_embeddings": True},
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=4,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        multimodal_projector_bias=False,
+        tie_word_embeddings=True,
+    )
+    vision = SiglipConfig(**_OUR_TOWER, image_size=39, post_layernorm=False)
+    language = language_config(add_qkv_bias=True, share_embeddings_and_output_weights=True)
+    return _make_llava(theirs, vision, language)
+
+
+_TOWER: dict[str, Any] = {
+    "patch_size": 14,
+    "num_hidden_layers": 3,
+    "hidden_size": 40,
+    "intermediate_size": 64,
+    "num_attention_heads": 5,
+}
+_OUR_TOWER: dict[str, Any] = {
+    "patch_size": 14,
+    "num_layers": 3,
+    "hidden_size": 40,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 5,
+}
+
+
+def _make_llava(theirs: LlavaConfig, vision: Any, language: LanguageConfig) -> Published:
+    theirs._attn_implementation = "eager"
+    connector = MLPConnectorConfig(bias=theirs.multimodal_projector_bias, layernorm=False, pixel_shuffle_ratio=1.0)
+    config = VLMConfig(vision=vision, connector=connector, fusion=DecoderOnlyConfig(), language=language)
+    return _randomized(LlavaForConditionalGeneration(theirs), config, llava.weight_map(config))
+
+
 LANGUAGE_MODELS: dict[str, Callable[[], Published]] = {
     "llama": make_llama,
     "llama_tied": make_llama_tied,
@@ -147,7 +206,12 @@ LANGUAGE_MODELS: dict[str, Callable[[], Published]] = {
     "qwen2": make_qwen2,
     "qwen2_tied": make_qwen2_tied,
 }
-WHOLE_MODELS: dict[str, Callable[[], Published]] = {"internvl": make_internvl, "internvl_tied": make_internvl_tied}
+WHOLE_MODELS: dict[str, Callable[[], Published]] = {
+    "internvl": make_internvl,
+    "internvl_tied": make_internvl_tied,
+    "llava": make_llava,
+    "llava_siglip": make_llava_siglip,
+}
 
 
 def _randomized(model: torch.nn.Module, config: Any, weight_map: WeightMap) -> Published:

@@ -4,11 +4,19 @@ import pytest
 import torch
 from harness import run_ranks
 from parity import encode, largest_difference, randomize, relative_difference
-from transformers import CLIPVisionConfig, CLIPVisionModel, InternVLVisionConfig, InternVLVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    InternVLVisionConfig,
+    InternVLVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
-from megavlm.convert import clip, internvit
+from megavlm.convert import clip, internvit, siglip
 from megavlm.models.vision.clip import ClipConfig
 from megavlm.models.vision.internvit import InternViTConfig
+from megavlm.models.vision.siglip import SiglipConfig
 
 LAYERS = 3
 
@@ -63,6 +71,27 @@ def _clip(heads: int, *, activation: str, select_layer: int) -> tuple[ClipConfig
     return ours, CLIPVisionModel._from_config(theirs, attn_implementation="sdpa")
 
 
+def _siglip(heads: int, image_size: int = 56, **fields: bool | int) -> tuple[SiglipConfig, SiglipVisionModel]:
+    ours = SiglipConfig(
+        image_size=image_size,
+        patch_size=14,
+        num_layers=LAYERS,
+        hidden_size=16 * heads,
+        ffn_hidden_size=160,
+        num_attention_heads=heads,
+        **fields,
+    )
+    theirs = SiglipVisionConfig(
+        image_size=image_size,
+        patch_size=14,
+        num_hidden_layers=LAYERS,
+        hidden_size=16 * heads,
+        intermediate_size=160,
+        num_attention_heads=heads,
+    )
+    return ours, SiglipVisionModel._from_config(theirs, attn_implementation="sdpa")
+
+
 CASES = {
     "internvit_6b_like": (lambda: _internvit(4, like_6b=True), (1, 2)),
     "internvit_300m_like": (lambda: _internvit(4, like_6b=False), (1, 2)),
@@ -70,6 +99,10 @@ CASES = {
     "internvit_300m_like_5_heads": (lambda: _internvit(5, like_6b=False), (4,)),
     "clip_last_but_one": (lambda: _clip(4, activation="quick_gelu", select_layer=-2), (1, 2)),
     "clip_gelu_last_5_heads": (lambda: _clip(5, activation="gelu", select_layer=-1), (1, 4)),
+    "siglip_normed_5_heads": (lambda: _siglip(5), (1, 2, 4)),
+    "siglip_odd_grid_cut": (lambda: _siglip(4, 47), (1, 2)),
+    "siglip_last_but_one_5_heads": (lambda: _siglip(5, 69, select_layer=-2, post_layernorm=False), (1, 4)),
+    "siglip_last": (lambda: _siglip(4, post_layernorm=False), (1,)),
 }
 
 # Worst seen: features 1.2e-6, gradient of tiles 4e-7, gradients of weights 2e-6.
@@ -80,10 +113,13 @@ TOLERANCE = 1e-5
 def test_encoder_equals_transformers(case: str, tp: int) -> None:
     ours, theirs = CASES[case][0]()
     randomize(theirs)
-    table = (clip if isinstance(ours, ClipConfig) else internvit).weight_map(ours)
+    table = {"clip": clip, "internvit": internvit, "siglip": siglip}[ours.kind].weight_map(ours)
     generator = torch.Generator().manual_seed(5)
-    tiles = torch.randn(2, 3, 56, 56, generator=generator).requires_grad_()
-    expected = theirs(tiles, output_hidden_states=True).hidden_states[ours.select_layer][:, 1:]
+    tiles = torch.randn(2, 3, ours.image_size, ours.image_size, generator=generator).requires_grad_()
+    output = theirs(tiles, output_hidden_states=True)
+    is_normed = ours.kind == "siglip" and ours.post_layernorm
+    expected = output.last_hidden_state if is_normed else output.hidden_states[ours.select_layer]
+    expected = expected[:, int(ours.has_class_token) :]
     upstream = torch.randn(expected.shape, generator=generator)
     expected.backward(upstream)
     weights = {name: tensor.detach() for name, tensor in theirs.state_dict().items()}

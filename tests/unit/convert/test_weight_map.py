@@ -46,7 +46,16 @@ def test_files_survive_there_and_back(family: str, tmp_path: Path) -> None:
     published = {**LANGUAGE_MODELS, **WHOLE_MODELS}[family]()
     published.model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    assert_same_tensors(to_theirs(published.weight_map, to_ours(published.weight_map, tensors)), tensors)
+    assert_same_tensors(
+        to_theirs(published.weight_map, to_ours(published.weight_map, tensors)), used(published, tensors)
+    )
+
+
+def used(published: Published, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What our model has a use for, spelt as the map's rules are."""
+    table = published.weight_map
+    spelt = {table.in_table_spelling(name): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in spelt.items() if not table.is_unused(name)}
 
 
 @pytest.mark.parametrize("family", WHOLE_MODELS)
@@ -161,7 +170,7 @@ def test_every_layout_is_filled_whole(family: str, tp: int, pp: int, tmp_path: P
     published.model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     for found in run_ranks(fill_stage, tp * pp, tp, pp, published.config, published.weight_map, tensors):
-        assert_same_tensors(found, tensors)
+        assert_same_tensors(found, used(published, tensors))
 
 
 @pytest.mark.parametrize("pp", [1, 2])

@@ -53,7 +53,7 @@ def start(*, timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES, num_threads: int 
         raise ValueError(f"num_threads={num_threads}: must be at least 1. Leave it out to let torch choose.")
     if torch.distributed.is_initialized():
         raise RuntimeError("start() was called twice: the default process group exists. Call stop() first.")
-    rank, world_size, local_rank = _read_launcher()
+    rank, world_size, local_rank = read_launcher()
     device = _take_device(local_rank)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -107,8 +107,12 @@ def process(*, timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES, num_threads: in
     stop()
 
 
-def _read_launcher() -> tuple[int, int, int]:
-    """Rank, world size and local rank from the launcher's variables."""
+def read_launcher() -> tuple[int, int, int]:
+    """Return rank, world size and local rank from the launcher's variables.
+
+    Raises:
+        ValueError: they are incomplete or contradict each other.
+    """
     given = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
     if "RANK" not in given:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

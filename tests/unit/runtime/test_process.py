@@ -94,7 +94,7 @@ def test_wrong_settings() -> None:
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_module, "current_device", lambda: torch.device("cuda", 2))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(process_module, "_read_launcher", lambda: (2, 4, 2))
+    monkeypatch.setattr(process_module, "read_launcher", lambda: (2, 4, 2))
     with pytest.raises(ValueError, match=r"LOCAL_RANK=2: this node has 2 CUDA device\(s\)"):
         start()
 

@@ -86,6 +86,8 @@ class Batch:
     (of padding), so that every micro-batch runs the same communication."""
     row_lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     """``[N]`` int64: tokens of each row before the padding on its right; may be left empty where no row has any."""
+    sources: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """``[B]`` int64: the data source that each sample comes from; may be left empty where there is only one."""
     skipped: list[SkippedSample] = field(default_factory=list)
     """Samples whose rows train nothing, with the reasons."""
     num_degraded: int = 0
@@ -108,6 +110,18 @@ class Batch:
         if self.row_lengths.numel() == 0:
             return None
         return torch.arange(self.tokens.shape[1], device=self.tokens.device) >= self.row_lengths.unsqueeze(1)
+
+    def sample_of_tokens(self) -> Tensor:
+        """Which sample each token belongs to, padding to the sample before it: ``[N, S]`` int64, counted over rows."""
+        flat_positions = torch.arange(self.tokens.numel(), device=self.tokens.device)
+        samples = torch.searchsorted(self.cu_seqlens.to(torch.int64), flat_positions, right=True) - 1
+        return samples.view(self.tokens.shape)
+
+    def source_of_tokens(self) -> Tensor:
+        """The data source of each token: ``[N, S]`` int64."""
+        if self.sources.numel() == 0:
+            return torch.zeros_like(self.tokens)
+        return self.sources[self.sample_of_tokens()]
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields by name, in their declared order."""

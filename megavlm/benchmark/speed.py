@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megavlm.batch import Batch
+from megavlm.benchmark.experts import DISPATCH, PHASES, time_experts
 from megavlm.build import Parts, build_parts
 from megavlm.engines.feed import Feed, is_reader
 from megavlm.models.initialization import initialize_weights
@@ -56,6 +57,14 @@ class Speed:
     num_ranks: int
     recipe: dict[str, Any]
     """The resolved recipe."""
+    expert_shares: dict[str, float] = field(default_factory=dict)
+    """Phase of the layers with experts (:data:`megavlm.benchmark.experts.PHASES`) -> share of a step of rank 0, measured
+    in as many steps after the timed ones; empty where there are no experts."""
+
+    @property
+    def dispatch_share(self) -> float:
+        """Share of a step that tokens need to come to their experts and back."""
+        return sum(self.expert_shares.get(phase, 0.0) for phase in DISPATCH)
 
     @property
     def seconds_per_step(self) -> float:
@@ -117,7 +126,9 @@ def measure_speed(recipe: Recipe, process: Process, *, num_steps: int, num_warmu
     per_step = numbers.view(-1, num_steps)[:2].tolist()
     memory = torch.tensor([_memory(process.device).peak, memory_before], dtype=torch.int64, device=engine.device)
     torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
+    shares = _expert_shares(parts, feed, num_steps)
     return _summarize(
+        expert_shares=shares,
         step_seconds=per_step[0],
         waits=per_step[1],
         works=[Work(*map(int, row)) for row in numbers[2 * num_steps :].view(num_steps, -1).tolist()],
@@ -143,6 +154,8 @@ def print_speed(speed: Speed) -> None:
     table.add_row("model FLOP/s", f"{speed.flops_per_second:.3e}")
     before = f"{speed.memory_before_model_bytes / 2**20:,.0f} MiB before the model"
     table.add_row("peak memory of a rank", f"{speed.peak_memory_bytes / 2**20:,.0f} MiB ({before})")
+    for phase, share in speed.expert_shares.items():
+        table.add_row(f"experts: {phase}", f"{share:.1%} of a step")
     Console().print(table)
 
 
@@ -211,8 +224,25 @@ def _count_work(parts: Parts, batches: Sequence[Batch]) -> Work:
     return Work(samples, tokens, tiles, flops)
 
 
+def _expert_shares(parts: Parts, feed: Feed, num_steps: int) -> dict[str, float]:
+    """Train some more steps and time the phases of the layers with experts."""
+    engine = parts.engine
+    if parts.recipe.model.language.moe is None:
+        return {}
+    start = time.perf_counter()
+    with time_experts(engine.chunks, lambda: _wait_for_device(engine.device)) as seconds:
+        for _ in range(num_steps):
+            engine.train_step(next(feed))
+            _wait_for_device(engine.device)
+    took = time.perf_counter() - start
+    shares = torch.tensor([seconds[phase] / took for phase in PHASES], dtype=torch.float64, device=engine.device)
+    torch.distributed.broadcast(shares, src=0)
+    return dict(zip(PHASES, shares.tolist(), strict=True))
+
+
 def _summarize(
     *,
+    expert_shares: dict[str, float],
     step_seconds: list[float],
     waits: list[float],
     works: list[Work],
@@ -240,6 +270,7 @@ def _summarize(
         warmup_steps=warmup_steps,
         num_ranks=num_ranks,
         recipe=recipe.model_dump(mode="json"),
+        expert_shares=expert_shares,
     )
 
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megavlm.checkpoint import durable
 from megavlm.checkpoint.agreement import agreed
-from megavlm.checkpoint.folder import RELEASE, RunFolder
+from megavlm.checkpoint.folder import RELEASE, Iteration, RunFolder
 from megavlm.checkpoint.layout import LAYOUT_NAME, CheckpointInfo, Layout
 from megavlm.checkpoint.manifest import write_manifest
 from megavlm.checkpoint.pickles import COMMON_NAME, read_metadata
@@ -45,11 +45,29 @@ class ReleaseTensor:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class RunState:
+    """What makes a checkpoint, the optimizer's tensors among its own, one that a run is resumed from."""
+
+    iteration: int
+    """Steps done."""
+    layout: Layout
+    """Of the ranks whose random number generators are among the files (``rng/rank_00000.json`` ...)."""
+    common: Mapping[str, Any]
+    """megatron-core's state without tensors: the optimizer's parameter groups."""
+    extra: bytes
+    """``extra.json``."""
+
+
+_NO_RUN = RunState(0, _ONE_PROCESS, {}, b"{}\n")
+
+
 def write_release(
     folder: RunFolder,
     tensors: Mapping[str, ReleaseTensor],
     read: Callable[[str], Tensor],
     files: Mapping[str, bytes | Path],
+    run: RunState | None = None,
 ) -> Path:
     """Write ``release/``: weights without a step, which start other runs. In one process, without a process group.
 
@@ -60,6 +78,7 @@ def write_release(
         tensors: checkpoint key -> what it holds.
         read: gives the full tensor of a key, without padding.
         files: name inside the checkpoint -> bytes, or path of a file to copy.
+        run: writes ``iter_<step>/`` instead, which is resumed.
 
     Returns:
         The checkpoint's folder.
@@ -67,18 +86,19 @@ def write_release(
     Raises:
         ValueError: a tensor could not be read or is not what was announced, or the disk is full or may not be written.
     """
+    name: Iteration = RELEASE if run is None else run.iteration
     with agreed(f"making a folder in {folder.path}"):
-        written = folder.start_writing(RELEASE)
+        written = folder.start_writing(name)
     try:
         with agreed(f"writing {written}"):
-            _write_small_files(written, tensors, files)
+            _write_small_files(written, tensors, files, run or _NO_RUN)
             _write_tensors(written, tensors, read)
             save_config(CheckpointingConfig("torch_dist", 1), str(written))
             durable.sync(written / "metadata.json")
             num_written = len(read_metadata(written).storage_data)
             assert num_written == len(tensors), f"torch wrote {num_written} of {len(tensors)} tensors"
         write_manifest(written)
-        return folder.publish(written, RELEASE)
+        return folder.publish(written, name)
     finally:
         shutil.rmtree(written, ignore_errors=True)  # it has got its name by now, unless something went wrong
 
@@ -104,12 +124,14 @@ class _AskingPlanner(DefaultSavePlanner):
         return padded
 
 
-def _write_small_files(written: Path, tensors: Mapping[str, ReleaseTensor], files: Mapping[str, bytes | Path]) -> None:
+def _write_small_files(
+    written: Path, tensors: Mapping[str, ReleaseTensor], files: Mapping[str, bytes | Path], run: RunState
+) -> None:
     padded = {key: tensor.shape for key, tensor in tensors.items() if tensor.shape != tensor.padded_shape}
-    durable.write_file(written / LAYOUT_NAME, CheckpointInfo(0, _ONE_PROCESS, padded).dump())
-    durable.write_file(written / EXTRA_NAME, b"{}\n")
+    durable.write_file(written / LAYOUT_NAME, CheckpointInfo(run.iteration, run.layout, padded).dump())
+    durable.write_file(written / EXTRA_NAME, run.extra)
     buffer = io.BytesIO()
-    torch.save({}, buffer)  # nothing but tensors: megatron-core asks for the file all the same
+    torch.save(dict(run.common), buffer)  # a release has none, and megatron-core asks for the file all the same
     durable.write_file(written / COMMON_NAME, buffer.getvalue())
     for name, content in files.items():
         if isinstance(content, Path):

@@ -17,8 +17,12 @@ from megavlm.checkpoint.pickles import check_objects, read_metadata, weights_onl
 class CheckpointWeights(Mapping[str, Tensor]):
     """The model's full tensors by checkpoint key, padding cut off. A tensor is read each time it is asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, with_optimizer: bool = False) -> None:
         """Verify a checkpoint, and read what it says of itself.
+
+        Args:
+            folder: of the checkpoint.
+            with_optimizer: the optimizer's tensors too, padding included.
 
         Raises:
             ValueError: it is damaged or not to be trusted.
@@ -32,7 +36,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
         self._entries = {
             key: entry
             for key, entry in self._metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not is_of_optimizer(key)
+            if isinstance(entry, TensorStorageMetadata) and (with_optimizer or not is_of_optimizer(key))
         }
 
     def __iter__(self) -> Iterator[str]:

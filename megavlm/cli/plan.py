@@ -10,9 +10,15 @@ from megavlm.recipe import Recipe
 
 def add(verbs: argparse._SubParsersAction) -> None:
     """Add the verb."""
-    add_recipe(add_verb(verbs, "plan", _plan, "count a recipe's parameters and operations, without memory for them"))
+    verb = add_verb(verbs, "plan", _plan, "count a recipe's parameters and operations, without memory for them")
+    add_recipe(verb)
+    verb.add_argument(
+        "--world-size", type=int, metavar="N", help="ranks of the run, to see the memory of each with this layout"
+    )
 
 
 def _plan(options: argparse.Namespace) -> None:
+    if options.world_size is not None and options.world_size < 1:
+        raise ValueError(f"--world-size={options.world_size}: must be at least 1.")
     recipe = load_recipe(options.recipe, options.overrides, Recipe)
-    print_plan(recipe)
+    print_plan(recipe, options.world_size)

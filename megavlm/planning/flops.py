@@ -8,19 +8,26 @@ batch holds counts: padded rows of the vocabulary, and what stands in for missin
 The backward pass counts the gradients that a trained weight asks for, and nothing else: not what recomputation or a
 fused kernel computes a second time, and not what is computed and used by nothing (layers before the first trained
 weight, which run because pipeline stages pass a gradient on; the gradient that megatron-core's trained linear layers
-compute of every input). The whole model counts, however it is split over ranks; heads that a layout adds do not.
+compute of every input, and its router of its weight, trained or not). The whole model counts, however it is split over
+ranks; heads that a layout adds do not.
+
+Of experts those count that tokens go to, padding of a row included, which goes to experts as well. Where they have a
+capacity, as many tokens count as there is room for: how many are dropped below that only the router knows.
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megavlm.batch import Batch
 from megavlm.models.connectors import AnyConnectorConfig
 from megavlm.models.language import LanguageConfig
+from megavlm.models.moe import MoEConfig
 from megavlm.models.part import PARTS
 from megavlm.models.vision import AnyVisionConfig
 from megavlm.models.vlm import VLMConfig, model_vocab_size
+from megavlm.planning.experts import expert_width
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class Flops:
     """Of the forward pass."""
     backward: Counter[str]
     """Of the backward pass: gradients of trained weights, and of everything between them and the loss."""
+    inside: Counter[str] = field(default_factory=Counter)
+    """Both passes of ``experts`` and ``router``, which count as ``language`` above."""
 
     @property
     def per_part(self) -> Counter[str]:
@@ -47,7 +56,8 @@ class Flops:
 
     def __add__(self, other: "Flops") -> "Flops":
         """Both together: the micro-batches of a step."""
-        return Flops(self.forward + other.forward, self.backward + other.backward)
+        inside = self.inside + other.inside
+        return Flops(self.forward + other.forward, self.backward + other.backward, inside)
 
 
 def count_flops(model: VLMConfig, batch: Batch, *, vocab_size: int, trainable: Collection[str]) -> Flops:
@@ -71,17 +81,18 @@ def count_flops(model: VLMConfig, batch: Batch, *, vocab_size: int, trainable: C
     joins_tokens = batch.tiles.shape[0] == 0 or bool((batch.tile_context == 0).any())
     hidden_states = walk.trains("language") or (features and joins_tokens)
     context = _context_needs(walk, model, batch, features)
-    crossed = model.cross_attention_layers
+    crossed, with_experts = model.cross_attention_layers, model.language.layers_with_experts
     for layer in range(model.language.num_layers):
         hidden_states = _walk_self_attention(walk, model.language, batch, hidden_states)
         if layer in crossed:
             hidden_states = _walk_cross_attention(walk, model.language, batch, hidden_states, context)
-        hidden_states = _walk_feed_forward(walk, model.language, batch, hidden_states)
+        moe = model.language.moe if layer in with_experts else None
+        hidden_states = _walk_feed_forward(walk, model.language, moe, batch, hidden_states)
     divisor = model.language.make_vocab_size_divisible_by
     padded_vocab_size = -(-model_vocab_size(model.language, vocab_size) // divisor) * divisor
     num_trained = max(1, int(batch.loss_mask.count_nonzero()))  # as LanguageModel.token_losses
     walk.linear("language", num_trained, model.language.hidden_size, padded_vocab_size, hidden_states)
-    return Flops(+walk.forward, +walk.backward)
+    return Flops(+walk.forward, +walk.backward, +walk.inside)
 
 
 def _check(model: VLMConfig, batch: Batch, trainable: Collection[str]) -> None:
@@ -106,16 +117,22 @@ class _Walk:
         self.trainable = frozenset(trainable)
         self.forward: Counter[str] = Counter()
         self.backward: Counter[str] = Counter()
+        self.inside: Counter[str] = Counter()
 
     def trains(self, *parts: str) -> bool:
         """Whether any of the parts trains."""
         return not self.trainable.isdisjoint(parts)
 
-    def linear(self, part: str, num_vectors: int, input_size: int, output_size: int, needs_input: bool) -> bool:
+    def linear(
+        self, part: str, num_vectors: int, input_size: int, output_size: int, needs_input: bool, *, inside: str = ""
+    ) -> bool:
         """A weight matrix: one product forward, one for each gradient. Return whether the output needs a gradient."""
         product = 2 * num_vectors * input_size * output_size
+        num_gradients = self.trains(part) + needs_input
         self.forward[part] += product
-        self.backward[part] += product * (self.trains(part) + needs_input)
+        self.backward[part] += product * num_gradients
+        if inside:
+            self.inside[inside] += product * (1 + num_gradients)
         return self.trains(part) or needs_input
 
     def attention(self, part: str, num_scores: int, width: int, needs_query: bool, needs_key_value: bool) -> bool:
@@ -141,7 +158,8 @@ def _walk_features(walk: _Walk, model: VLMConfig, batch: Batch) -> bool:
 
 def _walk_vision(walk: _Walk, config: AnyVisionConfig, num_tiles: int) -> bool:
     num_patches = (config.image_size // config.patch_size) ** 2
-    num_positions = num_patches + 1  # the class token goes through the layers even where its feature is dropped
+    # the class token goes through the layers even where its feature is dropped
+    num_positions = num_patches + config.has_class_token
     width = config.hidden_size
     walk.linear("vision", num_tiles * num_patches, 3 * config.patch_size**2, width, needs_input=False)
     num_vectors, needs = num_tiles * num_positions, walk.trains("vision")
@@ -149,7 +167,7 @@ def _walk_vision(walk: _Walk, config: AnyVisionConfig, num_tiles: int) -> bool:
         walk.linear("vision", num_vectors, width, 3 * width, needs)
         walk.attention("vision", num_tiles * num_positions**2, width, needs, needs)
         walk.linear("vision", num_vectors, width, width, needs)
-        walk.linear("vision", num_vectors, width, config.ffn_hidden_size, needs)
+        walk.linear("vision", num_vectors, width, config.num_ffn_inputs * config.ffn_hidden_size, needs)
         walk.linear("vision", num_vectors, config.ffn_hidden_size, width, needs)
     return needs
 
@@ -200,11 +218,28 @@ def _walk_cross_attention(
     return hidden_states or branch
 
 
-def _walk_feed_forward(walk: _Walk, config: LanguageConfig, batch: Batch, hidden_states: bool) -> bool:
-    num_vectors, width = batch.tokens.numel(), config.hidden_size
+def _walk_feed_forward(
+    walk: _Walk, config: LanguageConfig, moe: MoEConfig | None, batch: Batch, hidden_states: bool
+) -> bool:
+    """Feed-forward layer of a decoder layer; ``moe`` where it has experts."""
+    num_vectors, width, inner_size, inside = batch.tokens.numel(), config.hidden_size, config.ffn_hidden_size, ""
     needs = hidden_states or walk.trains("language")
-    walk.linear("language", num_vectors, width, 2 * config.ffn_hidden_size, needs)  # gate and value of SwiGLU
-    return walk.linear("language", num_vectors, config.ffn_hidden_size, width, needs)
+    if moe is not None:
+        walk.linear("language", num_vectors, width, moe.num_moe_experts, needs, inside="router")
+        num_vectors, inner_size, inside = _rows_of_experts(moe, num_vectors), expert_width(config), "experts"
+    walk.linear("language", num_vectors, width, 2 * inner_size, needs, inside=inside)  # gate and value of SwiGLU
+    return walk.linear("language", num_vectors, inner_size, width, needs, inside=inside)
+
+
+def _rows_of_experts(moe: MoEConfig, num_tokens: int) -> int:
+    """Vectors that go through the experts of a layer, all experts together."""
+    num_chosen = num_tokens * moe.moe_router_topk
+    if moe.moe_expert_capacity_factor is None:
+        return num_chosen
+    # as megatron-core.transformer.moe.moe_utils.get_capacity
+    capacity = math.ceil(num_chosen / moe.num_moe_experts * moe.moe_expert_capacity_factor)
+    room = capacity * moe.num_moe_experts
+    return room if moe.moe_pad_expert_input_to_capacity else min(num_chosen, room)
 
 
 def _head_widths(config: LanguageConfig) -> tuple[int, int]:

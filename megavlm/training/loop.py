@@ -26,6 +26,8 @@ from megavlm.training.freeze import freeze_except
 from megavlm.training.picture import draw_loss
 from megavlm.training.position import Position
 from megavlm.training.report import Report
+from megavlm.training.router_health import router_health_of
+from megavlm.training.router_picture import draw_routers
 from megavlm.training.schedule import build_schedule, current_lr
 
 
@@ -78,7 +80,14 @@ def train(recipe: Recipe, process: Process) -> None:
     is_writer = process.rank == 0
     with (
         stop_on_signals() as stop,
-        Report(recipe, parts.engine, folder.path, is_writer=is_writer, iteration=position.iteration) as report,
+        Report(
+            recipe,
+            parts.engine,
+            folder.path,
+            is_writer=is_writer,
+            iteration=position.iteration,
+            router_health=router_health_of(parts),
+        ) as report,
     ):
         _run_steps(_Run(parts, position, Feed(steps), validation, report, _Saver(parts, folder)), stop)
     if is_writer:
@@ -180,10 +189,14 @@ def _run_steps(run: _Run, stop: StopRequest) -> None:
 
         is_last = position.iteration == training.train_iters
         must_stop = engine.any_rank(bool(stop) or time.monotonic() > deadline)
-        if is_last or _is_due(position.iteration, training.eval_interval):
+        is_evaluated = is_last or _is_due(position.iteration, training.eval_interval)
+        is_saved = is_last or must_stop or _is_due(position.iteration, run.recipe.checkpoint.save_interval)
+        if is_evaluated:
             _validate(run)
-        if is_last or must_stop or _is_due(position.iteration, run.recipe.checkpoint.save_interval):
+        if is_saved:
             run.saver.save(position)
+        if is_evaluated or is_saved:
+            _show_routers(run)
             run.report.restart_clock()
         if must_stop and not is_last:
             reason = stop.name or "time is up"
@@ -207,6 +220,13 @@ def _validate(run: _Run) -> None:
         num_tokens += step_tokens
     run.report.validation(run.position.iteration, loss_sum / max(1, num_tokens), num_tokens)
     run.report.restart_clock()
+
+
+def _show_routers(run: _Run) -> None:
+    """Draw the load of the experts, on the rank that writes."""
+    has_loads = run.report.router_loads(run.position.iteration)
+    if has_loads and run.report.is_writer:
+        draw_routers(run.recipe.checkpoint.save)
 
 
 class _Saver:

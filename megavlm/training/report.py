@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
@@ -21,6 +22,7 @@ from megavlm.engines import MegatronEngine, StepResult
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
 from megavlm.training.position import Position
+from megavlm.training.router_health import RouterHealth
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -29,7 +31,14 @@ class Report:
     """Collects what each step did and says it every ``log_interval`` steps."""
 
     def __init__(
-        self, recipe: Recipe, engine: MegatronEngine, folder: Path, *, is_writer: bool, iteration: int
+        self,
+        recipe: Recipe,
+        engine: MegatronEngine,
+        folder: Path,
+        *,
+        is_writer: bool,
+        iteration: int,
+        router_health: RouterHealth | None = None,
     ) -> None:
         """Open the outputs.
 
@@ -39,10 +48,13 @@ class Report:
             folder: the run folder.
             is_writer: whether this rank writes (rank 0).
             iteration: steps done before; later ones in the metrics file are cut off.
+            router_health: of a model with experts.
         """
         self._recipe = recipe
-        self._is_writer = is_writer
+        self.is_writer = is_writer
+        """Whether this rank writes."""
         self._engine = engine
+        self._router_health = router_health
         self._totals: Counter[str] = Counter()
         """Skipped and nan iterations since the run (re)started."""
         self._num_skipped_samples = 0
@@ -138,6 +150,19 @@ class Report:
             self._metrics.write(json.dumps({"iteration": iteration, "lm loss validation": loss}) + "\n")
         self._add_scalars(iteration, {"lm loss validation": loss, "lm loss validation ppl": perplexity})
 
+    def router_loads(self, iteration: int) -> bool:
+        """Write the load of every expert since the last call. Returns whether there was any, on any rank."""
+        health = self._router_health.take_loads() if self._router_health else None
+        if health is None:
+            return False
+        if self._metrics is not None:
+            self._metrics.write(json.dumps({"iteration": iteration, "router load": health.loads()}) + "\n")
+        if self._tensorboard is not None:
+            for view in health.views:
+                for layer, load in zip(health.layers, view.load, strict=True):
+                    self._tensorboard.add_histogram(f"router/layer_{layer}/load/{view.name}", load, iteration)
+        return True
+
     def _count(self, result: StepResult) -> None:
         if result.skip_reason is not None:
             self._totals["skipped iterations"] += 1
@@ -158,6 +183,7 @@ class Report:
         skipped_samples, degraded_images = self._engine.sum_over_replicas(
             [self._num_skipped_samples, self._num_degraded_images]
         )
+        routers = self._routers(iteration, num_steps)
         # Widths and separators of Megatron-LM's training_log, which many scripts read; what is ours comes after.
         LOGGER.info(
             f"iteration {iteration:8d}/{self._recipe.training.train_iters:8d} |"
@@ -173,7 +199,7 @@ class Report:
             f" trained tokens per iteration: {tokens:.0f} |"
             f" data wait (ms): {self._window_data_wait / num_steps * 1000.0:.1f} |"
             f" skipped samples: {skipped_samples:.0f} |"
-            f" images with fewer tiles: {degraded_images:.0f} |"
+            f" images with fewer tiles: {degraded_images:.0f} |{routers}"
         )
         points = {
             "lm loss": loss,
@@ -189,6 +215,18 @@ class Report:
         self._window_data_wait = 0.0
         self._window_start = now
 
+    def _routers(self, iteration: int, num_steps: int) -> str:
+        """Write what the routers did in the last steps; returns the piece of the log line."""
+        health = self._router_health.take(num_steps) if self._router_health else None
+        if health is None:
+            return ""
+        if self._metrics is not None:
+            self._metrics.write(json.dumps({"iteration": iteration, "router": health.numbers()}) + "\n")
+        if self._tensorboard is not None:
+            for name, value in health.points().items():
+                self._tensorboard.add_scalar(name, value, iteration)
+        return health.log_text()
+
     def _add_scalars(self, iteration: int, points: dict[str, float]) -> None:
         if self._tensorboard is None:
             return
@@ -198,8 +236,8 @@ class Report:
             self._tensorboard.add_scalar(f"{name} vs samples", value, samples)
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the points of a run's metrics file, in the order they were written."""
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the points of a run's metrics file, in the order they were written. All have an ``iteration``."""
     lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 

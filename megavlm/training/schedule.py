@@ -4,6 +4,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megavlm.recipe import OptimizerConfig
+from megavlm.runtime.log import LOGGER
 
 
 def build_schedule(
@@ -14,13 +15,23 @@ def build_schedule(
     Call ``step(increment=1)`` *before* each optimizer step: step 1 then trains with ``lr / lr_warmup_iters`` (and not
     with 0), and the last step of the decay with ``min_lr``.
     """
+    lr_decay_iters = config.lr_decay_iters or train_iters
+    LOGGER.info(
+        "learning rate: %.4g after %d steps of warm-up, %s to %.4g at step %d; weight decay %.4g",
+        config.lr,
+        config.lr_warmup_iters,
+        config.lr_decay_style,
+        config.lr if config.lr_decay_style == "constant" else config.min_lr,
+        lr_decay_iters,
+        config.weight_decay,
+    )
     schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=config.lr_warmup_iters,
-        lr_decay_steps=config.lr_decay_iters or train_iters,
+        lr_decay_steps=lr_decay_iters,
         lr_decay_style=config.lr_decay_style,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,

@@ -21,6 +21,7 @@ def steps(fail_at: int | None) -> Iterator[list[Batch]]:
             make_routed_batch([[3], [2]], step, TileRoute("regular", "concatenate")),
         ]
         batches[0].skipped = [SkippedSample("rows.jsonl:7", "image_unreadable", "it is text")]
+        batches[1].sources = torch.tensor([2, 1])
         yield batches
 
 
@@ -52,6 +53,7 @@ def test_all_ranks_of_a_replica_get_the_same(engine: dict[str, Any]) -> None:
     assert first == alone
     assert len(alone) == 9
     assert alone[2][1][2] > 0
+    assert alone[1][0]["sources"] == 3
     has_pixels = "tensor_model_parallel_size" in engine
     for got, expected in zip(second, alone, strict=True):
         assert got[:2] == expected[:2]

@@ -65,6 +65,15 @@ def test_padding_trains_nothing_and_keeps_what_was_there() -> None:
     assert batch.padded_to(4) is batch
 
 
+def test_tokens_have_the_source_of_their_sample_and_padding_that_of_the_last() -> None:
+    batch = make_batch()
+    assert batch.source_of_tokens().tolist() == [[0] * 4] * 2, "one source need not be given"
+    batch.sources = torch.tensor([2, 0, 1])
+    assert batch.sample_of_tokens().tolist() == [[0, 0, 1, 1], [2, 2, 2, 2]]
+    assert batch.source_of_tokens().tolist() == [[2, 2, 0, 0], [1, 1, 1, 1]]
+    assert batch.padded_to(5).source_of_tokens().tolist() == [[2, 2, 0, 0, 0], [1] * 5]
+
+
 @pytest.mark.parametrize("length", [4, 7])
 def test_a_longer_context_is_seen_by_no_token(length: int) -> None:
     visible = [[[0, 0], [0, 1], [0, 2], [1, 2]], [[2, 2], [2, 3], [2, 3], [3, 3]]]

@@ -31,7 +31,7 @@ FULL_SIZE_WORLD = {
     for kind in "dxh"
     for size in ("34b", "72b")
     for stage, world_size in (("pretrain", 64), ("sft", 128))
-}
+} | {f"mm1_{size}": 64 for size in ("3b", "3b_moe", "7b", "7b_moe")}
 
 
 def load(path: Path, *overrides: str) -> Recipe:

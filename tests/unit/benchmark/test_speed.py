@@ -19,6 +19,7 @@ def test_padding_is_not_counted_and_padding_inside_a_row_is() -> None:
 def test_rates_are_medians_of_the_steps(tmp_path: Path) -> None:
     _, chains = plan(write_comparison(tmp_path))
     speed = _summarize(
+        expert_shares={"router": 0.05, "permute": 0.1, "exchange": 0.25, "experts": 0.2, "unpermute": 0.05},
         step_seconds=[0.5, 2.0, 0.25],  # the second was disturbed
         waits=[0.1, 0.2, 0.3],
         works=[Work(8, 100, 10, 1000), Work(8, 100, 10, 1000), Work(4, 80, 0, 400)],
@@ -33,6 +34,7 @@ def test_rates_are_medians_of_the_steps(tmp_path: Path) -> None:
     assert speed.tiles_per_second == 5.0
     assert speed.flops_per_second == 1600.0
     assert speed.flops_per_sample == 120.0
+    assert speed.dispatch_share == pytest.approx(0.4)
     assert (speed.data_wait_seconds, speed.peak_memory_bytes, speed.memory_before_model_bytes) == (0.2, 600, 300)
 
 

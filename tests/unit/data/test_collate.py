@@ -80,6 +80,8 @@ def test_the_types_are_those_of_the_contract() -> None:
         "tile_rows": torch.int64,
         "tile_context": torch.int64,
         "tile_tags": torch.int64,
+        "row_lengths": torch.int64,
+        "sources": torch.int64,
     }
     assert batch.tiles.shape == (0, 3, 4, 4)
 
@@ -141,6 +143,18 @@ def test_packed_and_unpacked_hold_the_same_samples() -> None:
         for name in ("tokens", "labels", "loss_mask", "position_ids", "visible_tiles"):
             expected = getattr(apart, name)[row, : stop - start]
             assert torch.equal(getattr(packed, name)[0, start:stop], expected), name
+
+
+def test_each_sample_keeps_its_source() -> None:
+    samples = [sample(4), sample(6), sample(3)]
+    for number, one in enumerate(samples):
+        one.source = number + 2
+    packed = pack([[samples[0], SKIPPED, samples[1]], [None], [samples[2]]], pad_id=0, tile_size=4)
+    assert packed.cu_seqlens.tolist() == [0, 4, 10, 20, 30]
+    assert packed.sources.tolist() == [2, 3, 0, 4]
+    apart = collate([samples[1], None, samples[0]], pad_id=0, tile_size=4)
+    assert apart.sources.tolist() == [3, 0, 2]
+    assert sample(4).source == 0
 
 
 def test_no_row_is_refused() -> None:

@@ -21,8 +21,10 @@ from megavlm.engines import MegatronEngineConfig
 from megavlm.models import fusion
 from megavlm.models.cross_attention import CrossAttention
 from megavlm.models.initialization import initialize_weights
+from megavlm.models.moe import Router
 from megavlm.models.part import PARTS, part_of
 from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.planning.experts import count_experts
 from megavlm.planning.flops import Flops, count_flops
 from megavlm.planning.parameters import count_recipe_parameters
 from megavlm.recipe import Recipe
@@ -55,6 +57,28 @@ MODELS: dict[str, dict[str, Any]] = {  # beside TINY: InternViT, a connector of 
             "share_embeddings_and_output_weights": True,
         },
     },
+}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "every layer": {"num_moe_experts": 4},
+    "every second layer, top 3, narrow experts": {
+        "num_moe_experts": 8,
+        "moe_layer_freq": 2,
+        "moe_router_topk": 3,
+        "moe_ffn_hidden_size": 24,
+    },
+    "last layer, top 1": {
+        "num_moe_experts": 2,
+        "moe_layer_freq": [0, 0, 0, 1],
+        "moe_router_topk": 1,
+        "moe_router_pre_softmax": True,
+        "moe_z_loss_coeff": 1e-3,
+    },
+    "experts filled up to their capacity": {
+        "num_moe_experts": 4,
+        "moe_expert_capacity_factor": 0.7,
+        "moe_pad_expert_input_to_capacity": True,
+    },
+    "more room than tokens": {"num_moe_experts": 4, "moe_expert_capacity_factor": 4.0},
 }
 FUSIONS: dict[str, dict[str, Any]] = {
     "cross_attention": {"every_n_layers": 2, "first_layer": 1},
@@ -124,11 +148,13 @@ def _one_rank() -> Iterator[None]:
 
 
 def build(config: VLMConfig, trainable: Collection[str]) -> VLM:
-    settings = MegatronEngineConfig().megatron_settings()
+    # torch's counter does not know the grouped product
+    settings = MegatronEngineConfig(moe_grouped_gemm=False).megatron_settings()
     model = VLM(config, settings, vocab_size=VOCAB_SIZE, image_token_id=IMAGE_TOKEN_ID)
     initialize_weights([model], seed=7)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in trainable)
+    model.language.config.auxiliary_loss_scale_func = lambda: 1.0  # which the engine sets
     return model
 
 
@@ -152,6 +178,8 @@ class PartCounter:
                 self._watch(module, "cross_attention")
             if isinstance(module, ColumnParallelLinear):
                 module.register_forward_hook(self._note_unused)
+            if isinstance(module, Router):
+                module.register_forward_hook(self._note_unused_of_router)
 
     def take(self) -> Counter[str]:
         """What was counted since the last time, parts that did nothing left out."""
@@ -184,6 +212,21 @@ class PartCounter:
         if module.weight is not None and module.weight.requires_grad and not inputs[0].requires_grad:
             self.unused[self._part] += 2 * inputs[0].numel() * module.weight.shape[0]
 
+    def _note_unused_of_router(self, router: Router, inputs: tuple[torch.Tensor, ...], _: Any) -> None:
+        """megatron-core's router computes both gradients; nothing asks for that of a frozen weight."""
+        if inputs[0].requires_grad and not router.weight.requires_grad:
+            self.unused["language"] += 2 * inputs[0].numel() * router.num_experts
+            self.unused["router"] += 2 * inputs[0].numel() * router.num_experts
+
+    def take_inside(self) -> Counter[str]:
+        """All that was counted inside experts and routers."""
+        found: Counter[str] = Counter()
+        for module, counts in self.flops.get_flop_counts().items():
+            words = module.split(".")
+            if words[-1] in ("experts", "router") and words[-2] == "mlp":
+                found[words[-1]] += sum(counts.values())
+        return +found
+
 
 def forget_forced_gradient(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Take back the gradient that ``VLM`` asks for where no trained weight comes before the decoder."""
@@ -203,14 +246,16 @@ def measure(config: VLMConfig, batch: Batch, trainable: Collection[str]) -> tupl
         forward = counter.take()
         if losses.requires_grad:
             losses.sum().backward()
-    return Flops(forward, counter.take()), counter.unused
+    return Flops(forward, counter.take(), counter.take_inside()), counter.unused
 
 
 def check(config: VLMConfig, batch: Batch, trainable: Collection[str]) -> None:
     counted = count_flops(config, batch, vocab_size=VOCAB_SIZE, trainable=trainable)
     measured, unused = measure(config, batch, trainable)
     assert counted.forward == measured.forward, trainable
-    assert counted.backward + unused == measured.backward, trainable
+    unused_by_part = Counter({part: unused[part] for part in PARTS})
+    assert counted.backward + unused_by_part == measured.backward, trainable
+    assert counted.inside + Counter(router=unused["router"]) == measured.inside, trainable
     assert counted.total == sum(counted.per_part.values())
 
 
@@ -222,6 +267,30 @@ def test_counts_what_runs_in_every_model(model: str, batch: str) -> None:
     for trainable in FREEZINGS:
         if "cross_attention" not in trainable:  # which these models lack
             check(config, BATCHES[batch](TileRoute()), trainable)
+
+
+@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.parametrize("batch", ["text", "images"])
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_counts_what_runs_in_experts(experts: str, batch: str) -> None:
+    config = VLMConfig.model_validate({**TINY, "language": {**TINY["language"], "moe": EXPERTS[experts]}})
+    for trainable in FREEZINGS:
+        if "cross_attention" not in trainable:
+            check(config, BATCHES[batch](TileRoute()), trainable)
+
+
+@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_counts_the_parameters_of_experts(experts: str) -> None:
+    config = VLMConfig.model_validate({**TINY, "language": {**TINY["language"], "moe": EXPERTS[experts]}})
+    counts: Counter[str] = Counter()
+    for name, parameter in build(config, PARTS).named_parameters():
+        counts.update({inside: parameter.numel() for inside in ("experts", "router") if f".mlp.{inside}." in name})
+    counted, moe = count_experts(config.language), config.language.moe
+    assert moe is not None
+    assert (counted.experts, counted.router) == (counts["experts"], counts["router"])
+    assert counted.active_experts * moe.num_moe_experts == counts["experts"] * moe.moe_router_topk
+    assert counted.idle == counted.experts - counted.active_experts >= 0
 
 
 @pytest.mark.usefixtures("_one_rank")

@@ -10,7 +10,8 @@ from megavlm.planning.row import full_row
 from megavlm.planning.table import print_plan
 from megavlm.recipe import Recipe
 
-NVLM = Path(__file__).parents[3] / "examples/nvlm"
+EXAMPLES = Path(__file__).parents[3] / "examples"
+NVLM = EXAMPLES / "nvlm"
 
 # 256 tokens a tile, six tiles and a thumbnail, sequence lengths of Table 11
 ROWS = {"d": (3200, 0, 7 * 256), "x": (1024, 7 * 256, 0), "h": (1280, 6 * 256, 256)}
@@ -46,3 +47,34 @@ def test_the_plan_names_parts_sizes_and_what_trains(capsys: Any) -> None:
     assert "no" in lines["language"]
     assert "yes" in lines["cross_attention"]
     assert "512 tokens and 256 of context, 1 tiles" in " ".join(printed.split())
+
+
+def table_rows(printed: str, title: str) -> dict[str, list[str]]:
+    """The cells of a printed table, by the first of each row."""
+    lines = printed[printed.index(title) :].split("└")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_the_plan_tells_active_parameters_and_memory_of_experts(capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    recipe = load_recipe(EXAMPLES / "mm1/mm1_3b_moe.yaml", ["engine.expert_model_parallel_size=16"], Recipe)
+    print_plan(recipe, world_size=32)
+    printed = capsys.readouterr().out
+    rows = table_rows(printed, "Model")
+    expert = 3 * 3072 * 8704
+    assert rows["of it experts"][:2] == [f"{12 * 64 * expert:,}", f"{12 * 2 * expert:,}"]
+    assert rows["of it routers"][:2] == [f"{12 * 64 * 3072:,}"] * 2
+    total, active = (int(cell.replace(",", "")) for cell in rows["all"][:2])
+    assert total - active == 12 * 62 * expert
+    assert float(rows["language"][3]) > float(rows["of it experts"][3]) > 100 * float(rows["of it routers"][3]) > 0
+    memory = table_rows(printed, "GiB of a rank")
+    assert list(memory) == ["0"]
+    assert memory["0"][-1] == f"{12 * 64 * expert / 16 * (2 + 4 + 12 / 2) / 2**30:,.2f}"
+    assert "32 ranks: tp 1, pp 1, dp 32; experts: ep 16, etp 1, dp 2." in printed
+
+
+def test_the_plan_refuses_a_layout_that_does_not_fit() -> None:
+    recipe = load_recipe(EXAMPLES / "mm1/mm1_3b_moe.yaml", [], Recipe)
+    with pytest.raises(ValueError, match=r"world_size=16: is no multiple of expert_tensor_parallel_size"):
+        print_plan(recipe, world_size=16)

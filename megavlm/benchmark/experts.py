@@ -1,0 +1,115 @@
+"""Times what a mixture of experts adds to a step: router, dispatch of the tokens, experts.
+
+The phases are megatron-core's own (``MoELayer.forward``), told apart by their names. Backward, a phase begins when the
+gradients of its outputs arrive and ends when those of its inputs are made: autograd goes through what a forward pass
+made in the reverse order, in one thread.
+"""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch import Tensor
+
+PHASES = ("router", "permute", "exchange", "experts", "unpermute")
+"""Router: logits, choice and losses. Permute: sort the tokens by expert, before and behind the exchange. Exchange: send
+them to the ranks of their experts and back; waiting for other ranks counts. Unpermute: back, weighted and summed."""
+DISPATCH = ("permute", "exchange", "unpermute")
+"""The phases that a dense layer does not need and that compute nothing."""
+
+_PHASE_OF_METHOD = {
+    "dispatch_preprocess": "permute",
+    "token_dispatch": "exchange",
+    "dispatch_postprocess": "permute",
+    "combine_preprocess": "unpermute",
+    "token_combine": "exchange",
+    "combine_postprocess": "unpermute",
+}
+"""Of a token dispatcher."""
+
+
+@contextlib.contextmanager
+def time_experts(chunks: Sequence[torch.nn.Module], wait: Callable[[], None]) -> Iterator[Counter[str]]:
+    """Time the phases of all layers with experts while the block runs.
+
+    Args:
+        chunks: this rank's model chunks.
+        wait: returns when the device has done what it was given; called where a phase begins and ends, so that steps
+            take longer than without.
+
+    Yields:
+        Phase (:data:`PHASES`) -> seconds so far, forward and backward together.
+    """
+    clock = _Clock(wait)
+    replaced: list[tuple[Any, str]] = []
+    for layer in (module for chunk in chunks for module in chunk.modules() if isinstance(module, MoELayer)):
+        places = [(layer.router, "forward", "router"), (layer.experts, "forward", "experts")]
+        places += [(layer.token_dispatcher, method, phase) for method, phase in _PHASE_OF_METHOD.items()]
+        for owner, method, phase in places:
+            setattr(owner, method, clock.timed(phase, getattr(owner, method)))
+            replaced.append((owner, method))
+    try:
+        yield clock.seconds
+    finally:
+        for owner, method in replaced:
+            delattr(owner, method)  # the class's own is found again
+
+
+class _Clock:
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._wait = wait
+
+    def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a function that takes and gives tensors, alone or in a tuple."""
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            start_of_backward: list[float] = []
+
+            def end_backward() -> None:
+                if start_of_backward:
+                    self.seconds[phase] += self._now() - start_of_backward.pop()
+
+            arguments = _mark(arguments, end_backward)
+            start = self._now()
+            outputs = function(*arguments, **options)
+            self.seconds[phase] += self._now() - start
+            is_single = not isinstance(outputs, tuple)
+            marked = _mark((outputs,) if is_single else outputs, lambda: start_of_backward.append(self._now()))
+            return marked[0] if is_single else marked
+
+        return run
+
+    def _now(self) -> float:
+        self._wait()
+        return time.perf_counter()
+
+
+def _mark(values: tuple[Any, ...], on_gradients: Callable[[], None]) -> tuple[Any, ...]:
+    """Pass values on; call ``on_gradients`` once when the gradients of those that need one are all there."""
+    places = [place for place, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad]
+    if not places or not torch.is_grad_enabled():
+        return values
+    marked = list(values)
+    for place, value in zip(places, _Mark.apply(on_gradients, *(values[place] for place in places)), strict=True):
+        marked[place] = value
+    return tuple(marked)
+
+
+class _Mark(torch.autograd.Function):
+    """Identity that tells when it is gone through backward."""
+
+    @staticmethod
+    def forward(ctx: Any, on_gradients: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.on_gradients = on_gradients
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.on_gradients()
+        return (None, *gradients)

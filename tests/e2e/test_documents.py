@@ -25,6 +25,8 @@ SMALL = {
     "train": ["training.train_iters=3", "training.optimizer.lr_warmup_iters=1", "training.eval_interval=null"],
     "eval": ["--max-new-tokens", "2"],
     "generate": ["--max-new-tokens", "2"],
+    "examples/moe/compare.yaml": ["train=false", ONE_ROUND],
+    "examples/moe/compare_speed.yaml": [ONE_ROUND, "training.global_batch_size=4", "training.micro_batch_size=1"],
     "examples/nvlm/compare.yaml": ["train=false", ONE_ROUND],
     "examples/nvlm/compare_speed.yaml": [ONE_ROUND, "training.global_batch_size=2"],
     "examples/nvlm/tile_tags.yaml": ["train=false", ONE_ROUND],
@@ -90,6 +92,20 @@ def test_make_train_in_small(workplace: Path) -> None:
     stage2 = workplace / "runs/quickstart/stage2"
     for name in ("recipe.yaml", "tensorboard", "loss.png", "samples.png", "evaluation.json", "iter_0000003"):
         assert (stage2 / name).exists(), name
+
+
+@pytest.mark.timeout(400)
+def test_make_moe_in_small(workplace: Path) -> None:
+    printed = run(workplace, ["make", "--dry-run", "--assume-old=.venv/installed", "moe", "RUNS=runs/moe_stage1"])
+    lines = printed.replace("\\\n", " ").splitlines()
+    steps = [line for line in lines if "bin/" in line and "install.sh" not in line]
+    assert len(steps) == 6, printed
+    outputs = [run(workplace, made_small(in_this_environment(line))) for line in steps]
+    assert "equal to the dense model at the start" in outputs[3]
+    assert "most frequent answer to each question" in outputs[-1]
+    recipe = (workplace / "runs/moe/trained/recipe.yaml").read_text()
+    assert "num_moe_experts: 8" in recipe
+    assert "expert_model_parallel_size: 2" in recipe
 
 
 @pytest.mark.timeout(400)

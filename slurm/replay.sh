@@ -10,7 +10,7 @@ value() { sed -n "s/^$1=//p" "$record/environment.txt" | tr -d \'; }
 
 commit=$(sed -n 's/^commit: //p' "$record/code.txt")
 if [ ! -d "$record/code" ]; then
-    git -C "$home" worktree add --detach "$record/code" "$commit" >&2
+    git -C "$home" worktree add --quiet --detach "$record/code" "$commit"
     [ ! -s "$record/code.patch" ] || git -C "$record/code" apply --binary "$record/code.patch"
 fi
 export MEGAVLM_HOME=$record/code RECIPE=$record/recipe.yaml

@@ -43,7 +43,10 @@ def add(verbs: argparse._SubParsersAction) -> None:
 
 
 def _layers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers, as 1,3,5") from None
 
 
 def _upcycle(options: argparse.Namespace) -> None:

@@ -45,6 +45,7 @@ class Cluster:
             "SLURM_CONF": str(folder / "slurm.conf"),
             "MEGAVLM_HOME": str(REPOSITORY),
             "PYTHON": sys.executable,
+            "PREFLIGHT_SECONDS": "200",  # other tests may run beside
         }
 
     def run(self, *arguments: object, cwd: Path | None = None, **variables: str) -> str:
@@ -131,4 +132,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield Cluster(folder)
     finally:
         run_tool("down", f"dir={folder}")
+    deadline = time.monotonic() + 10.0  # a killed process takes a moment to go
+    while processes_of(folder) and time.monotonic() < deadline:
+        time.sleep(0.2)
     assert processes_of(folder) == []

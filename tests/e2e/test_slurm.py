@@ -1,6 +1,7 @@
 """Training under a real SLURM on this machine: the same curve as under torchrun, whatever happens on the way."""
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -10,27 +11,28 @@ from pathlib import Path
 import pytest
 import yaml
 from command_line import REPOSITORY, losses
-from slurm_cluster import Cluster, cluster  # noqa: F401  the fixture
+from slurm_cluster import Cluster, Job, cluster  # noqa: F401  the fixture
 
 from megavlm.config import load_recipe
 from megavlm.recipe import Recipe
 
 SCRIPT = REPOSITORY / "slurm" / "nvlm_d.sh"
+NUM_STEPS = 120  # long enough to be interrupted twice
 Curve = list[tuple[int, float, float]]
 # A machine with nothing else to do needs about a quarter of these.
-ATTEMPT_SECONDS = 150.0
+ATTEMPT_SECONDS = 240.0
 # From the death of a rank to the end of all others: SLURM ends them at once, and after KillWait (5 s here) by force.
 DEATH_SECONDS = 60.0
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture
 def long_recipe(recipe: Path) -> Path:
-    """Long enough to be interrupted several times."""
+    """The recipe with more steps."""
     content = yaml.safe_load(recipe.read_text())
-    content["training"]["train_iters"] = 60
-    content["checkpoint"]["save_interval"] = 20
+    content["training"]["train_iters"] = NUM_STEPS
+    content["checkpoint"]["save_interval"] = 40
     recipe.write_text(yaml.safe_dump(content))
     return recipe
 
@@ -73,17 +75,17 @@ def test_two_nodes_train_as_two_ranks_under_torchrun(
     assert job.wait(ATTEMPT_SECONDS) == "COMPLETED", job.output
     run = tmp_path / "run"
     assert losses(run) == torchrun_curve
-    assert len(torchrun_curve) == 60
+    assert len(torchrun_curve) == NUM_STEPS
     assert "preflight: all 2 rank(s) on 2 node(s) are ready" in job.output
-    assert "iteration       20/      60 | consumed samples:          160 |" in job.output
-    assert "done: all 60 steps" in job.output
+    assert "iteration       20/     120 | consumed samples:          160 |" in job.output
+    assert f"done: all {NUM_STEPS} steps" in job.output
     assert attempts(run, job.number) == ["started", "done"]
     record = run / "jobs" / job.number / "attempt_0"
     assert load_recipe(record / "recipe.yaml", [], Recipe) == load_recipe(run / "recipe.yaml", [], Recipe)
     for name in ("code.txt", "packages.txt", "environment.txt", "command.txt", "job.txt", "job.sh"):
         assert (record / name).stat().st_size > 0, name
     assert f"SLURM_JOB_ID={job.number}" in (record / "environment.txt").read_text()
-    assert "iteration       60/" in (record / "train/rank_00000.txt").read_text()
+    assert "iteration      120/" in (record / "train/rank_00000.txt").read_text()
     assert (record / "train/rank_00001.txt").exists()
 
 
@@ -99,20 +101,20 @@ def test_stopped_and_killed_it_goes_on_with_the_same_curve(
     cluster.run("scancel", "--signal=USR1", job.number)
     job.wait_until(lambda: attempts(run, job.number)[-1] == "stopped", ATTEMPT_SECONDS, "stopped")
     saved = int((run / "latest_checkpointed_iteration.txt").read_text())
-    assert 3 <= saved < 60, "the run was over before it could be stopped"
+    assert 3 <= saved < NUM_STEPS, "the run was over before it could be stopped"
     assert saved == steps_done(run)
-    assert f"stopped after step {saved} of 60: requeued" in job.output
 
     job.wait_until(lambda: steps_done(run) > saved + 2, ATTEMPT_SECONDS, "some more steps")
     os.kill(job.rank(1, "train"), signal.SIGKILL)
-    assert steps_done(run) < 60, "the run was over before a rank could be killed"
+    assert steps_done(run) < NUM_STEPS, "the run was over before a rank could be killed"
     seconds = job.wait_until(lambda: attempts(run, job.number)[-1] == "crashed", ATTEMPT_SECONDS, "crashed")
     assert seconds < DEATH_SECONDS
-    assert "crash 1, of which MAX_RESTARTS=1 are forgiven" in job.output
 
     assert job.wait(ATTEMPT_SECONDS) == "COMPLETED", job.output
     assert attempts(run, job.number) == ["started", "stopped", "started", "crashed", "started", "done"]
     assert job.about("Restarts") == "2"
+    assert f"stopped after step {saved} of {NUM_STEPS}: requeued" in job.output
+    assert "crash 1, of which MAX_RESTARTS=1 are forgiven" in job.output
     assert losses(run) == torchrun_curve
     assert {path.name for path in (run / "jobs" / job.number).glob("attempt_*")} == {
         "attempt_0",
@@ -162,7 +164,7 @@ case $3 in
     record)
         record=$PWD/run/jobs/$SLURM_JOB_ID/attempt_$attempt
         mkdir -p "$record"
-        printf 'RUN_FOLDER=%s\\nTRAIN_ITERS=3\\nRECORD=%s\\n' "$PWD/run" "$record" ;;
+        printf 'RUN_FOLDER=%q\\nTRAIN_ITERS=3\\nRECORD=%q\\n' "$PWD/run" "$record" ;;
     preflight) ;;
     train) touch "run/training_$attempt"; eval "$TRAINING" ;;
     *)
@@ -286,6 +288,41 @@ def test_convert_is_one_rank_and_its_failure_the_jobs(
     failing = cluster.sbatch(tmp_path, script, "from", "to", PYTHON="/bin/false")
     assert failing.wait(60) == "FAILED"
     assert "megavlm convert ended with exit status 1" in failing.output
+
+
+def test_a_recorded_job_is_replayed_with_its_code(cluster: Cluster, stand_in: str, tmp_path: Path) -> None:  # noqa: F811
+    def git(*arguments: str) -> str:
+        names = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return cluster.run("git", *names, *arguments, cwd=checkout).rstrip("\n")
+
+    checkout, record, work = tmp_path / "checkout", tmp_path / "record", tmp_path / "my work"
+    shutil.copytree(REPOSITORY / "slurm", checkout / "slurm")
+    record.mkdir()
+    work.mkdir()
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "first")
+    with (checkout / "slurm/launch.sh").open("a") as file:
+        file.write("echo changed since the commit\n")
+    files = {
+        "code.txt": f"commit: {git('rev-parse', 'HEAD')}\n",
+        "code.patch": git("diff", "--binary", "HEAD") + "\n",
+        "command.txt": f"cd '{work}'\nmegavlm train\n",
+        "environment.txt": "RANKS_PER_NODE=3\nSLURM_JOB_NUM_NODES=1\n",
+        "job.sh": SCRIPT.read_text(),
+        "recipe.yaml": "",
+    }
+    for name, text in files.items():
+        (record / name).write_text(text)
+    git("checkout", "--quiet", ".")
+    replay = [checkout / "slurm/replay.sh", record, tmp_path / "new run", "--parsable"]
+    training = 'echo "$LOCAL_WORLD_SIZE ranks: ${*:3} from $MEGAVLM_HOME"; echo 3 >$latest'
+    said = cluster.run(*replay, PYTHON=stand_in, TRAINING=training)
+    job = Job(cluster, said.split()[-1], work)
+    assert job.wait(60) == "COMPLETED", job.output
+    assert "changed since the commit" in job.output
+    expected = f"3 ranks: train {record}/recipe.yaml checkpoint.save={tmp_path}/new run from {record}/code"
+    assert job.output.count(expected) == 3
 
 
 @pytest.mark.parametrize("script", sorted((REPOSITORY / "slurm").glob("*.sh")), ids=lambda path: path.name)

@@ -92,6 +92,10 @@ class Batch:
     """Samples whose rows train nothing, with the reasons."""
     num_degraded: int = 0
     """Images that got fewer tiles than the tiling chose, so that their sample fits."""
+    num_dropped_images: int = 0
+    """Images that were left out so that their sample fits."""
+    num_cut_samples: int = 0
+    """Samples whose end was cut off so that they fit."""
 
     @property
     def is_packed(self) -> bool:

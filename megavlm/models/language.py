@@ -119,13 +119,16 @@ class LanguageConfig(Config):
 
 
 def decoder_layer_specs(
-    config: LanguageConfig, transformer_config: TransformerConfig, backend: Backend
+    config: LanguageConfig,
+    transformer_config: TransformerConfig,
+    backend: Backend,
+    expert_backend: Backend | None = None,
 ) -> list[ModuleSpec]:
-    """One spec per decoder layer of the whole model, first to last."""
+    """One spec per decoder layer of the whole model, first to last; the experts' layers may come from elsewhere."""
     attention = attention_spec(backend, AttnMaskType.causal)
     layers = [layer_spec(backend, attention)] * config.num_layers
     for index in config.layers_with_experts:
-        layers[index] = layer_spec(backend, attention, mlp=moe_spec(backend, transformer_config))
+        layers[index] = layer_spec(backend, attention, mlp=moe_spec(expert_backend or backend, transformer_config))
     return layers
 
 

@@ -6,18 +6,19 @@ hidden width. Under sequence parallelism, tensors between stages hold a tensor-p
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pydantic
 import torch
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megavlm.batch import Batch
 from megavlm.config import Config
-from megavlm.models.backend import BACKENDS
+from megavlm.models.backend import Backend, find_backend
 from megavlm.models.cache import KeyValueCache
 from megavlm.models.connectors import AnyConnectorConfig
 from megavlm.models.fusion import AnyFusionConfig, fill_placeholders, lay_out_context, sum_tags
@@ -68,6 +69,7 @@ class VLM(MegatronModule):
         post_process: bool = True,
         vp_stage: int | None = None,
         backend: str = "torch",
+        bf16_parts: Collection[str] = (),
     ) -> None:
         """Build this stage's part.
 
@@ -79,11 +81,14 @@ class VLM(MegatronModule):
             pre_process, post_process: whether the stage is the first, the last.
             vp_stage: index of the virtual stage, or None without interleaving.
             backend: a row of ``megavlm.models.backend.BACKENDS``.
+            bf16_parts: of ``vision``, ``connector``, ``language``, ``cross_attention`` and ``experts`` those that stay in
+                bfloat16 where the settings ask for FP8.
 
         Raises:
-            ValueError: the tokenizer has more tokens than the model's vocabulary.
+            ValueError: the tokenizer has more tokens than the model's vocabulary, or the backend is not installed.
         """
-        transformer_config = config.language.transformer_config(megatron_settings)
+        settings_of, layers_of = _part_precision(megatron_settings, backend, bf16_parts)
+        transformer_config = config.language.transformer_config(settings_of["language"])
         super().__init__(transformer_config)
         self.model_type = ModelType.encoder_or_decoder
         self.route = config.fusion.tile_route
@@ -92,11 +97,11 @@ class VLM(MegatronModule):
         self.post_process = post_process
         self.vp_stage = vp_stage
         self.share_embeddings_and_output_weights = config.language.share_embeddings_and_output_weights
-        layers = BACKENDS[backend]
+        layers = find_backend(backend)
         if pre_process:
-            self.vision = config.vision.build(megatron_settings, layers)
+            self.vision = config.vision.build(settings_of["vision"], layers)
             self.connector = config.connector.build(
-                config.vision.hidden_size, config.language.hidden_size, megatron_settings, layers
+                config.vision.hidden_size, config.language.hidden_size, settings_of["connector"], layers
             )
             if self.route.uses_context:
                 # every rank normalises the whole context, so the gradient of the weight is whole on each
@@ -108,7 +113,10 @@ class VLM(MegatronModule):
         self.language = LanguageModel(
             config.language,
             transformer_config,
-            config.fusion.extend(decoder_layer_specs(config.language, transformer_config, layers), layers),
+            config.fusion.extend(
+                decoder_layer_specs(config.language, transformer_config, layers, layers_of["experts"]),
+                layers_of["cross_attention"],
+            ),
             layers,
             vocab_size=model_vocab_size(config.language, vocab_size),
             pre_process=pre_process,
@@ -188,13 +196,13 @@ class VLM(MegatronModule):
         """Tokens and tiles -> hidden states ``[S, N, H]`` and context ``[C, N, H]``."""
         embeddings = self.language.embed(batch.tokens, batch.position_ids)
         if batch.tiles.shape[0]:
-            features = self.connector(self._encode_tiles(batch.tiles))
+            features = self._connect(self._encode_tiles(batch.tiles))
         else:
             features = embeddings.new_zeros(0, 1, embeddings.shape[-1])
             # megatron-core backpropagates on every stage and overlapped gradient reduction waits for every parameter,
             # so the parts that train must be in the graph of every micro-batch, here with weight zero.
             if torch.is_grad_enabled() and self._trains(self.vision, self.connector):
-                embeddings = embeddings + self.connector(self._encode_nothing(embeddings)).sum() * 0.0
+                embeddings = embeddings + self._connect(self._encode_nothing(embeddings)).sum() * 0.0
         if not self.route.uses_context:
             embeddings = fill_placeholders(embeddings, features, batch.tokens, self.image_token_id)
             context = None
@@ -226,6 +234,11 @@ class VLM(MegatronModule):
         with torch.no_grad() if frozen else contextlib.nullcontext():
             return self.vision(tiles)
 
+    def _connect(self, features: Tensor) -> Tensor:
+        """``[T, P, D]`` -> ``[T, K, H]``; layers of encoder and decoder see to FP8 themselves."""
+        with get_fp8_context(self.connector.config):
+            return self.connector(features)
+
     def _encode_nothing(self, like: Tensor) -> Tensor:
         """Features ``[1, P, D]`` of a blank tile, without the cost of the encoder if that is frozen."""
         if self._trains(self.vision):
@@ -235,6 +248,21 @@ class VLM(MegatronModule):
     @staticmethod
     def _trains(*parts: torch.nn.Module) -> bool:
         return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+
+def _part_precision(
+    megatron_settings: Mapping[str, Any], backend: str, bf16_parts: Collection[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Backend]]:
+    """The settings of the parts with a config of their own, and the layers of those inside the decoder's."""
+    in_bf16 = {"fp8": None, "first_last_layers_bf16": False}
+    settings = {
+        part: {**megatron_settings, **(in_bf16 if part in bf16_parts else {})}
+        for part in ("vision", "connector", "language")
+    }
+    settings["connector"]["first_last_layers_bf16"] = False  # it is no stack of layers
+    layers = find_backend(backend)
+    inside = {part: layers.unquantized if part in bf16_parts else layers for part in ("cross_attention", "experts")}
+    return settings, inside
 
 
 def model_vocab_size(config: LanguageConfig, tokenizer_vocab_size: int) -> int:

@@ -42,7 +42,7 @@ def draw_routers(folder: Path) -> Path:
     views = [view for view in last["views"] if view["name"] != "all"]
     num_columns = min(_PANELS_A_ROW, len(views))
     num_rows = -(-len(views) // num_columns)
-    map_height = max(2.4, 1.3 + 0.22 * min(40, len(last["layers"])))
+    map_height = max(2.4, 1.2 + 0.09 * min(60, len(last["layers"])))
     figure = plt.figure(figsize=(4.2 * max(2, num_columns), map_height * num_rows + 3.2), layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=[map_height * num_rows, 3.2])
     maps, curve = halves
@@ -77,7 +77,7 @@ def _draw_maps(figure: Any, views: list[dict[str, Any]], layers: list[int], num_
         axes.set_ylabel("layer")
     for axes in panels.flat[len(views) :]:
         axes.set_axis_off()
-    bar = figure.colorbar(image, ax=panels, extend="both")
+    bar = figure.colorbar(image, ax=panels, extend="both", aspect=20 * num_rows)
     ticks = [1.0 / _STRONGEST, 0.25, 0.5, 1.0, 2.0, 4.0, _STRONGEST]
     bar.set_ticks(ticks, labels=["1/8", "1/4", "1/2", "1", "2", "4", "8"])
     bar.ax.yaxis.set_minor_locator(NullLocator())
@@ -94,10 +94,10 @@ def _write_numbers(axes: Axes, loads: list[list[float]]) -> None:
 
 def _draw_curves(axes: Axes, points: list[tuple[int, list[dict[str, Any]]]]) -> None:
     names = dict.fromkeys(view["name"] for _, views in points for view in views)
-    for name in names:
+    for number, name in enumerate(names):
         curve = [(step, view["max/mean load"]) for step, views in points for view in views if view["name"] == name]
         steps = [step for step, _ in curve]
-        color = _COLORS.get(name)
+        color = _COLORS.get(name, f"C{number}")  # C0 and C1 are those of text and images
         [line] = axes.plot(
             steps, [max(loads) for _, loads in curve], color=color, label=name, marker=".", linewidth=1.2
         )

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from harness import run_ranks
 from tiny_vlm import build_tiny, make_batch, make_routed_batch
 

@@ -94,11 +94,11 @@ def test_layout_counts_what_one_process_counts(model: str, world_size: int, engi
             assert torch.equal(ours.choices, theirs.choices)
             assert torch.equal(ours.kept, theirs.kept)
             for name in ("mean_scores", "entropy", "z_loss"):
-                # worst seen: 1.1e-6 relative
-                torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-7)
+                # worst seen: 2.1e-7 relative
+                torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=2e-6, atol=0.0)
         assert found.losses.keys() == expected.losses.keys()
-        # worst seen: 3e-7 relative
-        np.testing.assert_allclose(list(found.losses.values()), list(expected.losses.values()), rtol=1e-5)
+        # worst seen: 4.4e-8 relative
+        np.testing.assert_allclose(list(found.losses.values()), list(expected.losses.values()), rtol=1e-6)
 
 
 def batches_of_run(model: str) -> list[Batch]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from megavlm.convert import dinov2, own_layout
+from megavlm.convert.mixtral import mixtral_problems
 from megavlm.convert.own_config import own_config
 from megavlm.convert.parts import ModelParts
 from megavlm.convert.recipe_of.language import DECODER_FIELDS, LLAMA3_ROPE
@@ -46,6 +47,10 @@ def architecture_of(parts: ModelParts, wanted: str | None = None) -> str:
 
 def _whole_architecture(parts: ModelParts, wanted: str | None) -> str:
     """The first class without problems, and MegaVLM's own where all have some; or the wanted one."""
+    moe = parts.whole().language.moe
+    if moe is not None:
+        experts = f"model.language.moe.num_moe_experts={moe.num_moe_experts}"
+        _refuse([f"a whole model with {experts}"], "Its language model goes out alone: --part language.")
     own = own_layout.ARCHITECTURE
     if wanted in CANNOT_CARRY:
         reasons = "; ".join(reasons_against(wanted, parts.whole()))
@@ -70,6 +75,9 @@ def _whole_architecture(parts: ModelParts, wanted: str | None) -> str:
 def _part_architecture(parts: ModelParts) -> str:
     if parts.names == ("language",):
         assert parts.language is not None
+        if parts.language.moe is not None:
+            _refuse(mixtral_problems(parts.language), "It stays a run folder.")
+            return "MixtralForCausalLM"
         return "Qwen2ForCausalLM" if parts.language.add_qkv_bias else "LlamaForCausalLM"
     if parts.names == ("vision",):
         if isinstance(parts.vision, Dinov2Config):
@@ -138,12 +146,12 @@ def _llava(model: VLMConfig) -> Tree:
 
 
 def _language(config: LanguageConfig, vocab_size: int) -> Tree:
-    tree = {theirs: getattr(config, ours) for theirs, ours in DECODER_FIELDS.items()}
+    tree = {theirs: getattr(config, ours) for theirs, ours in DECODER_FIELDS.items()} | _experts(config)
     rope = None
     if config.rope_scaling_factor is not None:
         rope = {"rope_type": "llama3", "factor": config.rope_scaling_factor, **LLAMA3_ROPE}
     return tree | {
-        "model_type": "qwen2" if config.add_qkv_bias else "llama",
+        "model_type": "qwen2" if config.add_qkv_bias else "llama" if config.moe is None else "mixtral",
         "vocab_size": vocab_size,
         "num_key_value_heads": config.num_query_groups or config.num_attention_heads,
         "head_dim": config.kv_channels or config.hidden_size // config.num_attention_heads,
@@ -152,6 +160,24 @@ def _language(config: LanguageConfig, vocab_size: int) -> Tree:
         "initializer_range": config.init_method_std,
         "rope_theta": float(config.rotary_base),
         "rope_scaling": rope,
+    }
+
+
+def _experts(config: LanguageConfig) -> Tree:
+    """A Mixtral's fields. Its coefficient is ours divided by k (:mod:`megavlm.convert.recipe_of.language`)."""
+    moe = config.moe
+    if moe is None:
+        return {}
+    balances = moe.moe_router_load_balancing_type != "none"
+    for name in ("moe_z_loss_coeff", "moe_router_load_balancing_type"):
+        if (value := getattr(moe, name)) not in (None, "aux_loss"):
+            LOGGER.info("model.language.moe.%s=%s: config.json has no place for it (training only)", name, value)
+    return {
+        "intermediate_size": moe.moe_ffn_hidden_size or config.ffn_hidden_size,
+        "num_local_experts": moe.num_moe_experts,
+        "num_experts_per_tok": moe.moe_router_topk,
+        "router_aux_loss_coef": moe.moe_aux_loss_coeff / moe.moe_router_topk if balances else 0.0,
+        "sliding_window": None,
     }
 
 

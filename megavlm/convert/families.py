@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megavlm.convert import clip, dinov2, internvit, internvl, llama, llava, nvlm, own_layout, qwen2, siglip
+from megavlm.convert import clip, dinov2, internvit, internvl, llama, llava, mixtral, nvlm, own_layout, qwen2, siglip
 from megavlm.convert.own_config import own_tree
 from megavlm.convert.parts import ModelParts
 from megavlm.convert.recipe_of.dinov2 import dinov2_tree
@@ -69,6 +69,10 @@ FAMILIES: dict[str, Family] = {
     "MistralForCausalLM": Family(
         lambda config: {"language": decoder_tree(config, "MistralForCausalLM")},
         lambda parts: llama.weight_map(_language(parts)),
+    ),
+    "MixtralForCausalLM": Family(
+        lambda config: {"language": decoder_tree(config, "MixtralForCausalLM")},
+        lambda parts: mixtral.weight_map(_language(parts)),
     ),
     "Qwen2ForCausalLM": Family(
         lambda config: {"language": decoder_tree(config, "Qwen2ForCausalLM")},

@@ -40,6 +40,8 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FOR_TRAINING = ("moe_aux_loss_coeff",)
+"""What config.json says and a recipe may change: the weights are the same."""
 _VOCABULARY_KEYS = ("language.embedding.word_embeddings.weight", "language.output_layer.weight")
 
 
@@ -205,7 +207,13 @@ def _check_same(stated: Mapping[str, Tree], parts: ModelParts, source: Path) -> 
             continue
         for name, theirs in fields.items():
             ours = _resolved(part, name, parts)
-            if ours != theirs and name != "vocab_size":
+            if isinstance(theirs, Mapping):  # of the experts
+                differences += [
+                    _Difference(f"model.{part}.{name}.{inner}", found, value)
+                    for inner, value in theirs.items()
+                    if inner not in _FOR_TRAINING and (found := getattr(ours, inner, None)) != value
+                ]
+            elif ours != theirs and name != "vocab_size":
                 differences.append(_Difference(f"model.{part}.{name}", ours, theirs))
     if differences:
         raise ValueError(

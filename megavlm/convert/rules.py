@@ -119,6 +119,28 @@ class GatedMLP:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The matrices of experts as tensors of their own, expert by expert; ours is one, stacked along a new dimension.
+
+    Of each expert ``per_expert`` tensors become one, its rows one after the other (gate, then up).
+    """
+
+    per_expert: int
+
+    def merge(self, theirs: Sequence[Tensor]) -> Tensor:
+        """Stack them."""
+        shapes = sorted({tuple(tensor.shape) for tensor in theirs})
+        if len(shapes) > 1:
+            raise ValueError(f"have shapes {shapes}, which are not those of equal experts")
+        experts = [theirs[first : first + self.per_expert] for first in range(0, len(theirs), self.per_expert)]
+        return torch.stack([torch.cat(list(tensors)) for tensors in experts])
+
+    def split(self, ours: Tensor) -> list[Tensor]:
+        """Take them apart."""
+        return [part.contiguous() for expert in ours for part in expert.chunk(self.per_expert)]
+
+
+@dataclass(frozen=True)
 class Rule:
     """One row. Names may hold ``{layer}`` (a number) and ``{leaf}`` (weight or bias), the same on both sides."""
 

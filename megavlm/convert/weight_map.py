@@ -6,7 +6,7 @@ silence: each tensor of a checkpoint is either used, named in the map as unused,
 """
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,16 +38,20 @@ class WeightMap:
     elsewhere: tuple[tuple[str, str], ...] = ()
     """(prefix, what to do): tensors that a release may leave to another folder."""
 
-    def find(self, our_key: str) -> tuple[Rule, tuple[str, ...]]:
+    def find(self, our_key: str, given: Collection[str] = ()) -> tuple[Rule, tuple[str, ...]]:
         """Return the row about ``our_key`` and their names.
+
+        Args:
+            our_key: of the tensor.
+            given: names that a folder has. Where rows differ, that whose names are all among them is taken; else the
+                first, by which folders are written.
 
         Raises:
             ValueError: no row is about it.
         """
-        for rule in self.rules:
-            names = rule.their_names(our_key)
-            if names is not None:
-                return rule, names
+        rows = [(rule, names) for rule in self.rules if (names := rule.their_names(our_key)) is not None]
+        if rows:
+            return next((row for row in rows if all(name in given for name in row[1])), rows[0])
         raise ValueError(
             f"{our_key}: the weight map has no row for it. This family has no such tensor; check the recipe."
         )
@@ -110,7 +114,7 @@ class WeightReader:
         Raises:
             ValueError: a tensor that it is made of is not there, or has another shape than the map's heads give.
         """
-        rule, names = self._map.find(our_key)
+        rule, names = self._map.find(our_key, self._given)
         missing = [name for name in names if name not in self._given]
         if missing:
             hint = "Check the model part of the recipe against the weights' own configuration."

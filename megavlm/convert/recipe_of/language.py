@@ -25,6 +25,7 @@ LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_po
 DECODERS: dict[str, type[transformers.PreTrainedConfig]] = {
     "LlamaForCausalLM": transformers.LlamaConfig,
     "MistralForCausalLM": transformers.MistralConfig,
+    "MixtralForCausalLM": transformers.MixtralConfig,
     "Qwen2ForCausalLM": transformers.Qwen2Config,
 }
 DECODER_OF_TYPE = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mistral": "MistralForCausalLM"}
@@ -34,7 +35,7 @@ def decoder_tree(config: Mapping[str, Any], architecture: str, where: str = "con
     """Return what a decoder's configuration says.
 
     Args:
-        config: of LlamaForCausalLM, MistralForCausalLM or Qwen2ForCausalLM.
+        config: of one of :data:`DECODERS`.
         architecture: which of them.
         where: the configuration's name in errors.
 
@@ -47,9 +48,13 @@ def decoder_tree(config: Mapping[str, Any], architecture: str, where: str = "con
         allowed |= {"attention_bias": [False], "mlp_bias": [False]}
     if architecture == "Qwen2ForCausalLM":
         allowed |= {"use_sliding_window": [False]}
+    if architecture == "MixtralForCausalLM":
+        allowed["router_jitter_noise"] = [0.0]
     problems = unsupported(full, allowed)
+    if architecture == "MixtralForCausalLM":
+        problems += _unsupported_experts(full)
     window, positions = full.get("sliding_window"), full["max_position_embeddings"]
-    if architecture == "MistralForCausalLM" and window is not None and window < positions:
+    if architecture in ("MistralForCausalLM", "MixtralForCausalLM") and window is not None and window < positions:
         problems.append(f"sliding_window={window} (below max_position_embeddings={positions}; supported: null)")
     rope = full["rope_parameters"]
     problems += _unsupported_rope(rope)
@@ -67,7 +72,31 @@ def decoder_tree(config: Mapping[str, Any], architecture: str, where: str = "con
         "add_qkv_bias": architecture == "Qwen2ForCausalLM",
         "rotary_base": int(rope["rope_theta"]),
         "rope_scaling_factor": float(rope["factor"]) if rope["rope_type"] == "llama3" else None,
+        "moe": _experts(full) if architecture == "MixtralForCausalLM" else None,
     }
+
+
+def _experts(full: Mapping[str, Any]) -> Tree:
+    """What a Mixtral says of ``model.language.moe``.
+
+    Its load-balancing loss sums the shares of the choices to k, ours to 1, so the coefficient is multiplied by k. It
+    also pools the tokens of all layers before it multiplies shares by scores, where ours is a sum over layers: there is
+    no factor for that, and a run that goes on may want the coefficient divided by the number of layers.
+    """
+    topk = full["num_experts_per_tok"]
+    return {
+        "num_moe_experts": full["num_local_experts"],
+        "moe_router_topk": topk,
+        "moe_router_pre_softmax": False,
+        "moe_aux_loss_coeff": full["router_aux_loss_coef"] * topk,
+    }
+
+
+def _unsupported_experts(full: Mapping[str, Any]) -> list[str]:
+    experts, topk = full["num_local_experts"], full["num_experts_per_tok"]
+    if 2 <= topk <= experts:
+        return []
+    return [f"num_experts_per_tok={topk} (of num_local_experts={experts}; supported: 2 to all of them)"]
 
 
 def _unsupported_rope(rope: Mapping[str, Any]) -> list[str]:

@@ -163,9 +163,7 @@ def test_what_a_demanded_class_has_no_place_for_is_refused(case: str, tmp_path: 
     save("internvl", tmp_path / "hf")
     convert_folder(tmp_path / "hf", tmp_path / "run")
     with pytest.raises(ValueError, match=message):
-        convert_folder(
-            tmp_path / "run", tmp_path / "back", overrides, architecture="InternVLForConditionalGeneration"
-        )
+        convert_folder(tmp_path / "run", tmp_path / "back", overrides, architecture="InternVLForConditionalGeneration")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
 
 

@@ -1,4 +1,5 @@
 # make train   builds the quickstart data, trains a tiny NVLM-D in two stages, evaluates it
+# make moe     trains a dense model for a while, makes a mixture of experts of it, trains and evaluates that
 # make test    runs the tests
 # make check   formats, lints, checks types
 # Each installs what it needs into .venv first.
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install train test check format clean
+.PHONY: install train moe test check format clean
 
 install: $(INSTALLED)
 
@@ -27,6 +28,16 @@ train: install
 	$(BIN)/megavlm train examples/quickstart/stage2.yaml --nproc-per-node $(NPROC) checkpoint.save=$(RUNS)/stage2 \
 		checkpoint.pretrained_checkpoint=$(RUNS)/stage1
 	$(BIN)/megavlm eval $(RUNS)/stage2 --nproc-per-node $(NPROC)
+
+moe: install
+	$(BIN)/python examples/quickstart/build_data.py --out $(DATA)
+	$(BIN)/megavlm train examples/quickstart/stage1.yaml --nproc-per-node $(NPROC) checkpoint.save=$(RUNS)/stage1
+	$(BIN)/megavlm train examples/moe/dense.yaml --nproc-per-node $(NPROC) \
+		checkpoint.pretrained_checkpoint=$(RUNS)/stage1
+	rm -rf runs/moe/upcycled
+	$(BIN)/megavlm upcycle runs/moe/dense runs/moe/upcycled --num-experts 8 --top-k 2 --every 2
+	$(BIN)/megavlm train examples/moe/upcycled.yaml --nproc-per-node $(NPROC) engine.expert_model_parallel_size=$(NPROC)
+	$(BIN)/megavlm eval runs/moe/trained --nproc-per-node $(NPROC)
 
 test: install
 	$(BIN)/python -m pytest -n $(NPROC) --dist loadfile

@@ -7,7 +7,7 @@ made in the reverse order, in one thread.
 
 import contextlib
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,7 +33,7 @@ _PHASE_OF_METHOD = {
 
 
 @contextlib.contextmanager
-def time_experts(chunks: Sequence[torch.nn.Module], wait: Callable[[], None]) -> Iterator[Counter[str]]:
+def time_experts(chunks: Sequence[torch.nn.Module], wait: Callable[[], None]) -> Iterator[defaultdict[str, float]]:
     """Time the phases of all layers with experts while the block runs.
 
     Args:
@@ -45,23 +45,25 @@ def time_experts(chunks: Sequence[torch.nn.Module], wait: Callable[[], None]) ->
         Phase (:data:`PHASES`) -> seconds so far, forward and backward together.
     """
     clock = _Clock(wait)
-    replaced: list[tuple[Any, str]] = []
+    replaced: list[tuple[Any, str, Any]] = []
     for layer in (module for chunk in chunks for module in chunk.modules() if isinstance(module, MoELayer)):
         places = [(layer.router, "forward", "router"), (layer.experts, "forward", "experts")]
         places += [(layer.token_dispatcher, method, phase) for method, phase in _PHASE_OF_METHOD.items()]
         for owner, method, phase in places:
+            replaced.append((owner, method, vars(owner).get(method)))
             setattr(owner, method, clock.timed(phase, getattr(owner, method)))
-            replaced.append((owner, method))
     try:
         yield clock.seconds
     finally:
-        for owner, method in replaced:
+        for owner, method, before in replaced:
             delattr(owner, method)  # the class's own is found again
+            if before is not None:
+                setattr(owner, method, before)
 
 
 class _Clock:
     def __init__(self, wait: Callable[[], None]) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._wait = wait
 
     def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import rich.box
 from rich.console import Console
@@ -15,14 +16,18 @@ from megavlm.benchmark.job import EVALUATION_FILE, is_evaluated, round_file
 from megavlm.benchmark.speed import Speed, read_speed
 from megavlm.training.report import read_metrics
 
+T = TypeVar("T")
 TITLES = (
     "variant",
     "exact match",
     "blank images",
+    "validation loss",
     "samples/s",
     "ratio",
     "tokens/s",
     "GFLOP a sample",
+    "TFLOP a run",
+    "dispatch",
     "peak MiB",
 )
 _NOT_WRAPPED = ("variant", "samples/s", "tokens/s", "ratio")
@@ -58,7 +63,7 @@ class Results:
         """The runs of a variant."""
         return [run for run in self.runs if run.variant == variant]
 
-    def speeds(self, variant: str, value: Callable[[Speed], float]) -> list[float]:
+    def speeds(self, variant: str, value: Callable[[Speed], T]) -> list[T]:
         """Something about a variant's speed, in each round."""
         return [value(one[variant]) for one in self.rounds]
 
@@ -66,6 +71,14 @@ class Results:
         """Samples/s of a variant divided by those of the first one, in each round."""
         first = self.variants[0]
         return [one[variant].samples_per_second / one[first].samples_per_second for one in self.rounds]
+
+    def flops_of_run(self, variant: str) -> float | None:
+        """Operations of the last stage from its first step to its last; None where no round is complete."""
+        if not self.rounds:
+            return None
+        training = self.rounds[0][variant].recipe["training"]
+        per_sample = statistics.median(self.speeds(variant, lambda speed: speed.flops_per_sample))
+        return per_sample * training["train_iters"] * training["global_batch_size"]
 
     def table(self) -> list[list[str]]:
         """The titles, then a row for each variant. Columns of what is not known of any variant are left out."""
@@ -76,18 +89,23 @@ class Results:
     def _score_cells(self, variant: str) -> list[str]:
         runs = self.of(variant)
         blank = f"{statistics.fmean(run.blank_images for run in runs):.1%}" if runs else ""
-        return [_shares([run.exact_match for run in runs]), blank]
+        losses = [run.validation_loss for run in runs if run.validation_loss is not None]
+        loss = f"{statistics.fmean(losses):.4f}" if losses else ""
+        return [_shares([run.exact_match for run in runs]), blank, loss]
 
     def _speed_cells(self, variant: str) -> list[str]:
         if not self.rounds:
-            return [""] * 5
+            return [""] * 7
         ratios = self.ratios(variant)
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        dispatch = statistics.median(self.speeds(variant, lambda speed: speed.dispatch_share))
         return [
             f"{statistics.median(self.speeds(variant, lambda speed: speed.samples_per_second)):.2f}",
             "1" if variant == self.variants[0] else spread,
             f"{statistics.median(self.speeds(variant, lambda speed: speed.tokens_per_second)):,.0f}",
             f"{statistics.median(self.speeds(variant, lambda speed: speed.flops_per_sample)) / 1e9:,.3f}",
+            f"{(self.flops_of_run(variant) or 0.0) / 1e12:,.3g}" if self.runs else "",
+            f"{dispatch:.1%}" if dispatch else "",
             f"{max(self.speeds(variant, lambda speed: speed.peak_memory_bytes)) / 2**20:,.0f}",
         ]
 
@@ -113,6 +131,8 @@ def write_results(folder: Path, results: Results) -> None:
             "tokens_per_second": results.speeds(variant, lambda speed: speed.tokens_per_second),
             "flops_per_sample": results.speeds(variant, lambda speed: speed.flops_per_sample),
             "flops_per_second": results.speeds(variant, lambda speed: speed.flops_per_second),
+            "flops_of_run": results.flops_of_run(variant),
+            "expert_shares": results.speeds(variant, lambda speed: speed.expert_shares),
             "peak_memory_bytes": results.speeds(variant, lambda speed: speed.peak_memory_bytes),
             "memory_before_model_bytes": results.speeds(variant, lambda speed: speed.memory_before_model_bytes),
         }
@@ -144,6 +164,8 @@ def notes(results: Results) -> str:
             f"Speed: medians over {len(results.rounds)} round(s) of {len(one.step_seconds)} steps on {one.num_ranks} "
             f"rank(s). Ratio (range): of samples/s to {results.variants[0]} within a round."
         )
+        if any(speed.expert_shares for one in results.rounds for speed in one.values()):
+            parts.append("Dispatch: share of a step in which tokens are on their way to their experts and back.")
     return " ".join(parts) or "Nothing is finished yet."
 
 

@@ -25,8 +25,8 @@ from megavlm.planning.flops import count_flops
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
 from megavlm.runtime.process import Process
+from megavlm.training.feeding import build_training_loader, training_steps
 from megavlm.training.freeze import freeze_except
-from megavlm.training.loop import build_loader
 from megavlm.training.schedule import build_schedule
 
 _STATUS_FILE = Path("/proc/self/status")
@@ -58,8 +58,8 @@ class Speed:
     recipe: dict[str, Any]
     """The resolved recipe."""
     expert_shares: dict[str, float] = field(default_factory=dict)
-    """Phase of the layers with experts (:data:`megavlm.benchmark.experts.PHASES`) -> share of a step of rank 0, measured
-    in as many steps after the timed ones; empty where there are no experts."""
+    """Phase of layers with experts (:data:`megavlm.benchmark.experts.PHASES`) -> share of a step of rank 0, measured in
+    as many steps after the timed ones; empty where there are no experts."""
 
     @property
     def dispatch_share(self) -> float:
@@ -99,10 +99,10 @@ def measure_speed(recipe: Recipe, process: Process, *, num_steps: int, num_warmu
     """
     parts = build_parts(recipe, world_size=process.world_size)
     engine = parts.engine
-    loader = build_loader(parts, recipe.data.train.build(), endless=True) if is_reader() else None
+    loader = build_training_loader(parts, recipe.data.train.build()) if is_reader() else None
     memory_before = _memory(process.device).now
     _build_model(parts)
-    feed = Feed(iter(loader) if loader is not None else None)
+    feed = Feed(training_steps(parts, loader) if loader is not None else None)
     schedule = build_schedule(
         engine.optimizer, recipe.training.optimizer, train_iters=recipe.training.train_iters, iteration=0
     )

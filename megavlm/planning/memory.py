@@ -61,10 +61,10 @@ def count_memory(recipe: Recipe, world_size: int, vocab_size: int) -> list[RankM
 def _count_rank(recipe: Recipe, world_size: int, rank: int, vocab_size: int) -> RankMemory:
     weights = gradients = optimizer = experts = 0.0
     with fake_world(world_size, rank):
-        engine = MegatronEngine(recipe.engine)
+        engine = MegatronEngine(recipe.engine.on_any_machine())
         engine.start()
         item_bytes = recipe.engine.dtype.itemsize
-        per_trained = (3 if recipe.engine.precision == "bf16" else 2) * _FLOAT32_BYTES
+        per_trained = (2 if recipe.engine.precision == "fp32" else 3) * _FLOAT32_BYTES
         for name, parameter in _parameters(recipe, engine, vocab_size):
             is_expert = ".mlp.experts." in name
             trained = parameter.numel() * (part_of(name) in recipe.training.trainable)
@@ -72,16 +72,14 @@ def _count_rank(recipe: Recipe, world_size: int, rank: int, vocab_size: int) -> 
             own = (parameter.numel() * item_bytes, trained * _FLOAT32_BYTES, trained * per_trained / copies)
             weights, gradients, optimizer = weights + own[0], gradients + own[1], optimizer + own[2]
             experts += sum(own) * is_expert
-        return RankMemory(
-            parallel_state.get_pipeline_model_parallel_rank(), weights, gradients, optimizer, experts
-        )
+        return RankMemory(parallel_state.get_pipeline_model_parallel_rank(), weights, gradients, optimizer, experts)
 
 
 def _parameters(recipe: Recipe, engine: MegatronEngine, vocab_size: int) -> Iterator[tuple[str, torch.nn.Parameter]]:
     for stage in engine.stages():
         chunk = VLM(
             recipe.model,
-            recipe.engine.megatron_settings(),
+            engine.config.megatron_settings(),
             vocab_size=vocab_size,
             image_token_id=vocab_size - 1,
             pre_process=stage.pre_process,

@@ -37,7 +37,7 @@ def count_recipe_parameters(recipe: Recipe, vocab_size: int | None = None) -> Co
     vocab_size = recipe_vocab_size(recipe) if vocab_size is None else vocab_size
     with fake_world(world_size=1, rank=0):
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-        settings = MegatronEngineConfig(precision=recipe.engine.precision).megatron_settings()
+        settings = MegatronEngineConfig(precision=recipe.engine.on_any_machine().precision).megatron_settings()
         model = VLM(recipe.model, settings, vocab_size=vocab_size, image_token_id=vocab_size - 1)
         counts = count_parameters([model])
     return Counter({part: counts[part] for part in PARTS if counts[part]})

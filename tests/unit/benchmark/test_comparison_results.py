@@ -1,14 +1,17 @@
 """The table, the files and the picture of made-up runs."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
-from made_up import finish, leave_checkpoint, leave_round, plan, write_comparison
+from made_up import finish, leave_checkpoint, leave_round, measurement, plan, write_comparison
 from PIL import Image
 
+from megavlm.benchmark.job import round_file
 from megavlm.benchmark.picture import draw_comparison, smooth
 from megavlm.benchmark.results import collect_results, markdown, print_results, write_results
+from megavlm.benchmark.speed import write_speed
 
 
 def test_results_of_made_up_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,6 +35,9 @@ def test_results_of_made_up_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert rows[1]["tokens/s"] == "400"
     assert rows[1]["GFLOP a sample"] == "2.500"
     assert rows[1]["peak MiB"] == "600"
+    assert rows[1]["validation loss"] == "0.3750"  # of 0.25 and 0.5
+    assert rows[1]["TFLOP a run"] == "0.24"  # 2.5 GFLOP, 16 samples a step, 6 steps
+    assert "dispatch" not in rows[1], "no variant has experts"
 
     write_results(tmp_path, results)
     content = json.loads((tmp_path / "results.json").read_text())
@@ -53,6 +59,41 @@ def test_results_of_made_up_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert Image.open(tmp_path / "compare.png").width > 1000
 
 
+def test_variants_of_unequal_cost_are_drawn_by_operations_too(tmp_path: Path) -> None:
+    longer = write_comparison(tmp_path, variants={"short": [], "long": ["training.train_iters=9"]}, seeds=[1])
+    comparison, chains = plan(longer)
+    for chain in chains:
+        finish(chain, 0.5)
+    leave_round(comparison, chains, 1, [10.0, 10.0])
+    draw_comparison(tmp_path / "one_round.png", chains, collect_results(comparison, chains))  # the second is missing
+    leave_round(comparison, chains, 2, [10.0, 10.0])
+    results = collect_results(comparison, chains)
+    assert results.flops_of_run("long") == 1.5 * (results.flops_of_run("short") or 0.0) > 0
+    draw_comparison(tmp_path / "unequal.png", chains, results)
+    comparison, chains = plan(write_comparison(tmp_path, seeds=[1], save=str(tmp_path / "equal")))
+    for chain in chains:
+        finish(chain, 0.5)
+    for number in (1, 2):
+        leave_round(comparison, chains, number, [10.0, 10.0])
+    draw_comparison(tmp_path / "equal.png", chains, collect_results(comparison, chains))
+    widths = [Image.open(tmp_path / f"{name}.png").width for name in ("unequal", "equal")]
+    assert widths[0] > 1.4 * widths[1], "a panel more"
+
+
+def test_dispatch_is_a_column_where_a_variant_has_experts(tmp_path: Path) -> None:
+    comparison, chains = plan(write_comparison(tmp_path, seeds=[1], speed={"rounds": 1, "steps": 3}))
+    shares = {"router": 0.1, "permute": 0.2, "exchange": 0.05, "experts": 0.3, "unpermute": 0.1}
+    for chain in chains:
+        speed = measurement(chain, 5.0)
+        if chain.variant == "none":
+            speed = dataclasses.replace(speed, expert_shares=shares)
+        write_speed(speed, round_file(comparison, 1, chain.variant))
+    results = collect_results(comparison, chains)
+    titles, *rows = results.table()
+    assert [row[titles.index("dispatch")] for row in rows] == ["", "35.0%"]
+    assert "on their way to their experts" in markdown(results)
+
+
 def test_only_finished_runs_and_complete_rounds_count(tmp_path: Path) -> None:
     comparison, chains = plan(write_comparison(tmp_path))
     finish(chains[1], 0.25)
@@ -61,7 +102,11 @@ def test_only_finished_runs_and_complete_rounds_count(tmp_path: Path) -> None:
     results = collect_results(comparison, chains)
     assert [(run.variant, run.seed) for run in results.runs] == [("none", 1)]
     assert results.rounds == []
-    assert results.table() == [["variant", "exact match", "blank images"], ["tags", "", ""], ["none", "25.0%", "12.5%"]]
+    assert results.table() == [
+        ["variant", "exact match", "blank images", "validation loss"],
+        ["tags", "", "", ""],
+        ["none", "25.0%", "12.5%", "0.2500"],
+    ]
     draw_comparison(tmp_path / "compare.png", chains, results)
     assert (tmp_path / "compare.png").exists()
 

@@ -70,18 +70,18 @@ class CarriedOptimizer:
 
     def _find_sources(self, keys: list[str]) -> None:
         places: dict[str, list[str]] = {}
-        for key, source in self._weights.sources.items():
-            places.setdefault(source, []).append(key)
+        for key, dense in self._weights.sources.items():
+            places.setdefault(dense, []).append(key)
         for saved in keys:
             moment, dense = _split(saved)
-            source = self._saved.template(saved)
+            template = self._saved.template(saved)
             for key in places.get(dense, [dense]):
-                shape = tuple(source.shape) if key == dense else self._weights.tensors[key].shape
-                self._announce(f"optimizer.state.{moment}.{key}", shape, source.dtype, saved)
+                shape = tuple(template.shape) if key == dense else self._weights.tensors[key].shape
+                self._announce(f"optimizer.state.{moment}.{key}", shape, template.dtype, saved)
             router = dense.removesuffix(FC1) + ROUTER
             if dense.endswith(FC1) and router in self._weights.tensors:
                 shape = self._weights.tensors[router].shape
-                self._announce(f"optimizer.state.{moment}.{router}", shape, source.dtype, None)
+                self._announce(f"optimizer.state.{moment}.{router}", shape, template.dtype, None)
 
     def _announce(self, key: str, shape: tuple[int, ...], dtype: torch.dtype, source: str | None) -> None:
         self.tensors[key] = ReleaseTensor(shape, shape, dtype)

@@ -143,7 +143,7 @@ def _make_probes(parts: ModelParts, vocab_size: int) -> dict[str, Batch]:
             route_tile(text(1).ids, tokens_per_tile, route, is_whole_image=tile == _NUM_TILES - 1)
             for tile in range(_NUM_TILES)
         )
-        runs = [text(_BEFORE_IMAGE), ImageSlot(), text(_AFTER_IMAGE)]
+        runs: list[TokenRun | ImageSlot] = [text(_BEFORE_IMAGE), ImageSlot(), text(_AFTER_IMAGE)]
         probes[f"image of {_NUM_TILES} tiles"] = batch(runs, [ImageTokens(tiles)])
     return probes
 

@@ -15,7 +15,7 @@ LAYERS: list[set[str]] = [
     {"build"},
     {"checkpoint"},
     {"convert", "inference"},
-    {"training", "evaluation", "planning", "preflight", "upcycle"},
+    {"training", "evaluation", "planning", "preflight", "upcycle", "doctor"},
     {"benchmark"},
     {"cli"},
     {"__main__"},

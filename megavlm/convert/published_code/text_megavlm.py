@@ -34,7 +34,7 @@ class PromptText:
         self._reserved_ids = frozenset(self._reserved.values())
         spellings = sorted(self._reserved, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, spellings)))
-        self._image_token = settings["image_token"]
+        self.image_token: str = settings["image_token"]
         self._bos_id = settings["bos_id"]
         self._around_image: tuple[str, str] = tuple(settings["image_wrapper"])
         state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -65,28 +65,27 @@ class PromptText:
     def runs(self, prompt: str) -> list[list[int] | None]:
         """Token ids of a prompt, None where an image stands."""
         runs: list[list[int] | None] = []
-        before, after = self._around_image
         text, starts_text = "", True
         for piece, is_special in self._pieces(prompt):
             if not is_special:
                 text += piece
                 continue
-            is_image = piece == self._image_token
-            text += before if is_image else ""
             if text:
                 runs.append(self.encode(text, starts_text=starts_text))
                 starts_text = False
-            text = after if is_image else ""
+            text, is_image = "", piece == self.image_token
             runs.append(None if is_image else [self._reserved[piece]])
             starts_text = starts_text and not is_image and self._reserved[piece] == self._bos_id
         return [*runs, self.encode(text, starts_text=starts_text)] if text else runs
 
     def _pieces(self, prompt: str) -> Iterator[tuple[str, bool]]:
-        """Texts, and whether each is a special token."""
+        """Texts, and whether each is a special token. An image is three: what is around it may be either."""
+        before, after = self._around_image
         end = 0
         for match in self._pattern.finditer(prompt):
             yield prompt[end : match.start()].replace(_MARK, ""), False
-            yield match[0], True
+            for piece in (before, match[0], after) if match[0] == self.image_token else (match[0],):
+                yield piece, piece in self._reserved
             end = match.end()
         yield prompt[end:].replace(_MARK, ""), False
 

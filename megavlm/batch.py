@@ -90,6 +90,8 @@ class Batch:
     """``[B]`` int64: the data source that each sample comes from; may be left empty where there is only one."""
     skipped: list[SkippedSample] = field(default_factory=list)
     """Samples whose rows train nothing, with the reasons."""
+    keys: list[str] = field(default_factory=list)
+    """The samples that are in the rows, as a person can find them; may be left empty by who has no files."""
     num_degraded: int = 0
     """Images that got fewer tiles than the tiling chose, so that their sample fits."""
     num_dropped_images: int = 0

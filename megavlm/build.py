@@ -9,7 +9,9 @@ import torch
 
 from megavlm.data import SampleProcessor
 from megavlm.data.tokenizers import Tokenizer
-from megavlm.engines import MegatronEngine, Stage
+from megavlm.engines import DeepSpeedEngineConfig, MegatronEngine, Stage, build_engine
+from megavlm.engines.fp8 import check_sides
+from megavlm.models.products import product_sides
 from megavlm.models.vlm import VLM, model_vocab_size
 from megavlm.recipe import Recipe
 from megavlm.runtime.layout import check_parallel_config
@@ -32,9 +34,8 @@ class Parts:
 
     @property
     def pad_multiple(self) -> int:
-        """Rows of a batch are padded to a multiple of this, so that sequence parallelism can split them."""
-        engine = self.recipe.engine
-        return engine.tensor_model_parallel_size if engine.sequence_parallel else 1
+        """Rows of a batch are padded to a multiple of this, for sequence parallelism and FP8."""
+        return self.recipe.engine.pad_multiple
 
     def build_chunk(self, stage: Stage) -> VLM:
         """Make the model chunk of one place in the pipeline; its weights hold nothing yet."""
@@ -46,6 +47,8 @@ class Parts:
             pre_process=stage.pre_process,
             post_process=stage.post_process,
             vp_stage=stage.vp_stage,
+            backend=self.recipe.engine.backend,
+            bf16_parts=self.recipe.engine.bf16_parts,
         )
 
     def build_chunks(self) -> list[torch.nn.Module]:
@@ -62,8 +65,10 @@ def check_run(recipe: Recipe, world_size: int) -> None:
     language = recipe.model.language
     engine = recipe.engine
     recipe.model.vision.check_layout(engine.tensor_model_parallel_size)
+    if isinstance(engine, DeepSpeedEngineConfig):
+        engine.check_experts(language.num_moe_experts)
     divisor = language.make_vocab_size_divisible_by
-    pad = engine.tensor_model_parallel_size if engine.sequence_parallel else 1
+    pad = engine.pad_multiple
     check_parallel_config(
         engine,
         language,
@@ -73,6 +78,8 @@ def check_run(recipe: Recipe, world_size: int) -> None:
         seq_length=-(-recipe.data.seq_length // pad) * pad,
         padded_vocab_size=divisor,
     )
+    if engine.active_fp8 is not None:
+        check_sides(engine.active_fp8, product_sides(recipe.model, engine.tensor_model_parallel_size))
 
 
 def build_processor(recipe: Recipe) -> SampleProcessor:
@@ -99,7 +106,7 @@ def build_parts(recipe: Recipe, *, world_size: int) -> Parts:
     """
     check_run(recipe, world_size)
     processor = build_processor(recipe)
-    engine = MegatronEngine(recipe.engine)
+    engine = build_engine(recipe.engine)
     engine.start()
     set_seed(recipe.training.seed)
     return Parts(recipe, processor.tokenizer, processor, engine)

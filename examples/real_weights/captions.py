@@ -26,7 +26,7 @@ from megavlm.build import Parts
 from megavlm.cli.trained import find_run, loaded_run
 from megavlm.data.image import load_image
 from megavlm.engines.feed import Feed
-from megavlm.training.loop import build_loader
+from megavlm.training.feeding import build_validation_loader
 
 matplotlib.use("Agg")  # no screen on a cluster
 
@@ -82,7 +82,7 @@ def other_image_file(path: Path) -> Path:
 
 def _loss(parts: Parts, dataset: object) -> float:
     loss_sum, num_tokens = 0.0, 0
-    for batches in Feed(iter(build_loader(parts, dataset, endless=False))):  # type: ignore[arg-type]
+    for batches in Feed(iter(build_validation_loader(parts, dataset))):  # type: ignore[arg-type]
         step_loss, step_tokens = parts.engine.evaluate(batches)
         loss_sum += step_loss
         num_tokens += step_tokens

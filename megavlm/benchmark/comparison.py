@@ -1,7 +1,6 @@
 """The file of a comparison: which stages, which variants, which seeds, and what recipe each run gets from it."""
 
 import contextlib
-import difflib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pydantic
 
+from megavlm.benchmark.override import share_out
 from megavlm.build import build_processor, check_run
 from megavlm.config import Config, load_recipe
 from megavlm.recipe import Recipe
@@ -116,18 +116,7 @@ def load_comparison(path: Path, overrides: Sequence[str]) -> tuple[Comparison, l
     Raises:
         ValueError: the file or an override is wrong; names the key and the nearest valid one.
     """
-    own, recipes = [], []
-    for override in overrides:
-        head = override.partition("=")[0].split(".")[0]
-        if head in Recipe.model_fields:
-            check_override("command line", override)
-            recipes.append(override)
-        elif head in Comparison.model_fields:
-            own.append(override)
-        else:
-            near = difflib.get_close_matches(head, [*Comparison.model_fields, *Recipe.model_fields], n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"A comparison has {', '.join(Comparison.model_fields)}."
-            raise ValueError(f"override={override!r}: {head!r} is no key of a comparison or a recipe. {hint}")
+    own, recipes = share_out(overrides, Comparison, "comparison", check_override)
     comparison = load_recipe(path, own, Comparison)
     stages = [path.parent / stage for stage in comparison.stages]
     return comparison.model_copy(update={"stages": stages}), recipes

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from torch import Tensor
+
+from megavlm.benchmark.mark import mark_gradients
 
 PHASES = ("router", "permute", "exchange", "experts", "unpermute")
 """Router: logits, choice and losses. Permute: sort the tokens by expert, before and behind the exchange. Exchange: send
@@ -76,12 +77,12 @@ class _Clock:
                 if start_of_backward:
                     self.seconds[phase] += self._now() - start_of_backward.pop()
 
-            arguments = _mark(arguments, end_backward)
+            arguments = mark_gradients(arguments, end_backward)
             start = self._now()
             outputs = function(*arguments, **options)
             self.seconds[phase] += self._now() - start
             is_single = not isinstance(outputs, tuple)
-            marked = _mark((outputs,) if is_single else outputs, lambda: start_of_backward.append(self._now()))
+            marked = mark_gradients((outputs,) if is_single else outputs, lambda: start_of_backward.append(self._now()))
             return marked[0] if is_single else marked
 
         return run
@@ -89,29 +90,3 @@ class _Clock:
     def _now(self) -> float:
         self._wait()
         return time.perf_counter()
-
-
-def _mark(values: tuple[Any, ...], on_gradients: Callable[[], None]) -> tuple[Any, ...]:
-    """Pass values on; call ``on_gradients`` once when the gradients of those that need one are all there."""
-    places = [place for place, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad]
-    if not places or not torch.is_grad_enabled():
-        return values
-    marked = list(values)
-    for place, value in zip(places, _Mark.apply(on_gradients, *(values[place] for place in places)), strict=True):
-        marked[place] = value
-    return tuple(marked)
-
-
-class _Mark(torch.autograd.Function):
-    """Identity that tells when it is gone through backward."""
-
-    @staticmethod
-    def forward(ctx: Any, on_gradients: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.on_gradients = on_gradients
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.on_gradients()
-        return (None, *gradients)

@@ -60,7 +60,7 @@ def steps_done(stage: PlannedStage) -> int:
     if not isinstance(newest, int):
         return 0
     saved = load_recipe(folder.checkpoint(newest) / "recipe.yaml", [], Recipe)
-    _check_same(stage.folder, saved.model_dump(mode="json"), stage.recipe.model_dump(mode="json"))
+    check_same(stage.folder, saved.model_dump(mode="json"), stage.recipe.model_dump(mode="json"))
     return newest
 
 
@@ -84,6 +84,20 @@ def first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, An
         if found := first_difference(before.get(name, _NOTHING), now.get(name, _NOTHING), path):
             return found
     return None
+
+
+def check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse what was made with other settings.
+
+    Raises:
+        ValueError: a value differs; names the place, the first key and both values.
+    """
+    if difference := first_difference(before, now):
+        key, old, new = difference
+        raise ValueError(
+            f"save: {place} was made with other settings: {key} was {_show(old)} and is {_show(new)} now. Choose "
+            "another `save`, or delete what is there."
+        )
 
 
 def _plan_chain(chain: Chain, num_ranks: int) -> list[Job]:
@@ -120,7 +134,7 @@ def _plan_round(comparison: Comparison, chains: Sequence[Chain], number: int, nu
             before |= {"speed": {"steps": len(speed.step_seconds), "warmup_steps": speed.warmup_steps}}
             now = {"recipe": chain.last.recipe.model_dump(mode="json"), "--nproc-per-node": num_ranks}
             now |= {"speed": timing.model_dump(include={"steps", "warmup_steps"})}
-            _check_same(files[chain.variant], before, now)
+            check_same(files[chain.variant], before, now)
         return []
     jobs: list[Job] = []
     # who goes first changes, so that no variant always comes after a rest
@@ -138,15 +152,6 @@ def _plan_round(comparison: Comparison, chains: Sequence[Chain], number: int, nu
             )
         )
     return jobs
-
-
-def _check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    if difference := first_difference(before, now):
-        key, old, new = difference
-        raise ValueError(
-            f"save: {place} was made with other settings: {key} was {_show(old)} and is {_show(new)} now. Choose "
-            "another `save`, or delete what is there."
-        )
 
 
 def _show(value: Any) -> str:

@@ -3,6 +3,7 @@
 The loss mask is made here, while the text is put together; nothing is ever found again by tokenising twice.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megavlm.data.conversation import Conversation, ImageRef, Message
@@ -30,6 +31,10 @@ class Segment:
     content: str | Special | ImageRef
     is_trained: bool
     """Whether the model learns to write it. Never true of an image."""
+    turn: int = 0
+    """Which turn of the conversation it belongs to."""
+    weight: float = 1.0
+    """Of its loss."""
 
 
 @dataclass(frozen=True)
@@ -135,28 +140,37 @@ def render(template: ChatTemplate, conversation: Conversation, system_prompt: st
         system_prompt: system message of a conversation without one; ``None`` takes the template's, ``""`` means none.
 
     Returns:
-        The pieces in order. Trained are the assistant's text and the end of its turns.
+        The pieces in order. Trained are the assistant's text and the end of its turns; of a document, all text and its
+        end.
     """
     segments = _fixed(template.conversation_prefix)
+    if conversation.is_document:
+        return segments + _document(conversation)
     system, turns = _split_system(template, conversation, system_prompt)
     if system is not None and not template.system_inside_first_user:
         segments += _system(template, system)
         system = None
-    for message in turns:
+    for turn, message in enumerate(turns):
         if message.role == "user":
             segments += _user(template, message, system)
             system = None
         else:
             segments += _fixed(template.assistant_prefix)
-            segments += _answer(template, message)
+            segments += _answer(template, message, turn)
     return segments
 
 
 def render_prompt(template: ChatTemplate, conversation: Conversation, system_prompt: str | None) -> list[Segment]:
     """Render what the model is given to answer: everything before the last assistant turn, and the turn's prefix.
 
-    A conversation that ends with the user is rendered whole. Nothing is trained.
+    A conversation that ends with the user is rendered whole. Of a document everything up to its last image is given,
+    or nothing if it has none. Nothing is trained.
     """
+    if conversation.is_document:
+        segments = _fixed(template.conversation_prefix) + _document(conversation)
+        images = [number for number, segment in enumerate(segments) if isinstance(segment.content, ImageRef)]
+        stop = images[-1] + 1 if images else len(template.conversation_prefix)
+        return [Segment(segment.content, False) for segment in segments[:stop]]
     messages = conversation.messages
     if messages[-1].role == "assistant":
         messages = messages[:-1]
@@ -185,9 +199,22 @@ def _user(template: ChatTemplate, message: Message, system: Message | None) -> l
     return _fixed(template.user_prefix) + inside + content + _fixed(template.user_suffix)
 
 
-def _answer(template: ChatTemplate, message: Message) -> list[Segment]:
-    pieces = (template.answer_start, *message.parts, *template.assistant_suffix)
-    return [Segment(piece, not isinstance(piece, ImageRef)) for piece in pieces if piece != ""]
+def _answer(template: ChatTemplate, message: Message, turn: int) -> list[Segment]:
+    return _trained((template.answer_start, *message.parts, *template.assistant_suffix), message, turn)
+
+
+def _document(conversation: Conversation) -> list[Segment]:
+    (message,) = conversation.messages
+    return _trained((*message.parts, EOS), message, 0)
+
+
+def _trained(pieces: Sequence[Piece | ImageRef], message: Message, turn: int) -> list[Segment]:
+    is_trained = message.weight > 0.0
+    return [
+        Segment(piece, is_trained and not isinstance(piece, ImageRef), turn, message.weight)
+        for piece in pieces
+        if piece != ""
+    ]
 
 
 def _fixed(pieces: tuple[Piece, ...]) -> list[Segment]:

@@ -82,7 +82,10 @@ def pack(
         context_length=_context_length(usable, pad_multiple) if uses_context else 0,
         row_lengths=torch.tensor([sum(sample.num_tokens for sample in row) for row in usable], dtype=torch.int64),
         skipped=[sample for row in rows for sample in row if isinstance(sample, SkippedSample)],
+        keys=[sample.key for row in usable for sample in row],
         num_degraded=sum(sample.num_degraded for row in usable for sample in row),
+        num_dropped_images=sum(sample.num_dropped_images for row in usable for sample in row),
+        num_cut_samples=sum(sample.is_cut for row in usable for sample in row),
     )
     boundaries = []
     sources = []

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant"]
+from megavlm.data.grounding import CoordinateStyle, RegionSupply
+from megavlm.data.row_shape import PLACEHOLDER, as_messages, document_text, is_document, shape_of
 
-PLACEHOLDER = "<image>"
-"""Where an image stands inside a text; the files of LLaVA and LLaMA-Factory use the same."""
+Role = Literal["system", "user", "assistant"]
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -35,6 +35,8 @@ class Message:
     role: Role
     parts: tuple[str | ImageRef, ...]
     """Text and images in the order in which they are read."""
+    weight: float = 1.0
+    """Of the loss of an assistant's turn; 0: the model does not learn to write it."""
 
     @property
     def text(self) -> str:
@@ -44,9 +46,12 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """An optional system message, then user and assistant in turn."""
+    """An optional system message, then user and assistant in turn; or a document."""
 
     messages: tuple[Message, ...]
+    is_document: bool = False
+    """Whether it is text, with or without images in it, of which everything is learnt: one message of the assistant,
+    written without any template."""
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
@@ -54,44 +59,69 @@ class Conversation:
         return tuple(part for message in self.messages for part in message.parts if isinstance(part, ImageRef))
 
 
-def parse_conversation(row: Any, where: str, image_root: Path, *, needs_answer: bool = True) -> Conversation:
-    """Read a row.
+def parse_conversation(
+    row: Any,
+    where: str,
+    image_root: Path,
+    *,
+    needs_answer: bool = True,
+    coordinate_style: CoordinateStyle = "mm1_5",
+) -> Conversation:
+    """Read a row, whichever of :data:`megavlm.data.row_shape.SHAPES` it has.
 
-    Accepted are ``conversations`` with ``from``/``value`` (LLaVA, ShareGPT) and ``messages`` with ``role``/``content``
-    (LLaMA-Factory, OpenAI). Images are the row's ``image`` or ``images`` (one path or a list), at the ``<image>``
-    placeholders of the texts; or parts of a ``content`` list (``{"type": "image_url", "image_url": {"url": ...}}``,
-    ``{"type": "image", "image": ...}``; without a source, the next of the row's images). In a ``content`` list
-    ``<image>`` inside a text is text. A ``system`` key gives a system message.
+    Conversations are ``conversations`` with ``from``/``value`` (LLaVA, ShareGPT) and ``messages`` with
+    ``role``/``content`` (LLaMA-Factory, OpenAI). Images are the row's ``image`` or ``images`` (one path or a list), at
+    the ``<image>`` placeholders of the texts; or parts of a ``content`` list (``{"type": "image_url",
+    "image_url": {"url": ...}}``, ``{"type": "image", "image": ...}``; without a source, the next of the row's images).
+    In a ``content`` list ``<image>`` inside a text is text. A ``system`` key gives a system message; ``weight`` in a
+    message of the assistant is the weight of its loss (OpenAI's, but any number). ``<box>`` and ``<point>`` in texts
+    stand for the row's ``boxes`` and ``points`` (:mod:`megavlm.data.grounding`).
 
     Args:
         row: the decoded JSON.
         where: names the row in errors, ``file.jsonl:17``.
         image_root: relative paths of images begin here.
         needs_answer: whether the last message must be the assistant's.
+        coordinate_style: how boxes and points are written.
 
     Raises:
         ValueError: beginning with ``where``, saying what is wrong with the row.
     """
-    return _RowParser(where, image_root).parse(row, needs_answer)
+    return _RowParser(where, image_root, coordinate_style).parse(row, needs_answer)
 
 
 class _RowParser:
     """Parses one row; holds what every error and every image needs."""
 
-    def __init__(self, where: str, image_root: Path) -> None:
+    def __init__(self, where: str, image_root: Path, coordinate_style: CoordinateStyle) -> None:
         self._where = where
         self._image_root = image_root
+        self._coordinate_style = coordinate_style
+        self._regions = RegionSupply({}, 0, coordinate_style)
 
     def parse(self, row: Any, needs_answer: bool) -> Conversation:
         if not isinstance(row, Mapping):
             raise self._error(f"the row is {_name(row)}, not an object")
-        turns, role_key, content_key = self._turns(row)
-        images = self._row_images(row)
-        num_placeholders = sum(self._count_placeholders(turn, content_key) for turn in turns)
-        if num_placeholders != len(images):
-            raise self._error(
-                f"{num_placeholders} {PLACEHOLDER} placeholder(s) in the texts, but {len(images)} image(s) in the row"
-            )
+        try:
+            conversation = self._parse(row, needs_answer)
+            self._regions.finish()
+        except _RowError:
+            raise
+        except ValueError as error:  # of the parts that do not know where the row stands
+            raise self._error(str(error)) from None
+        return conversation
+
+    def _parse(self, row: Mapping[str, Any], needs_answer: bool) -> Conversation:
+        shape = shape_of(row)
+        images = [] if shape == "texts" else self._row_images(row)
+        self._regions = RegionSupply(row, len(images), self._coordinate_style)
+        if is_document(shape):
+            return self._document(row, shape, images)
+        if shape not in ("conversations", "messages"):
+            row = dict(row) | {"messages": as_messages(row, shape, len(images), needs_answer=needs_answer)}
+            shape = "messages"
+        turns, role_key, content_key = self._turns(row, shape)
+        self._check_placeholders(sum(self._count_placeholders(turn, content_key) for turn in turns), len(images))
         supply = iter(images)
         messages = [
             self._message(turn, number, role_key, content_key, supply) for number, turn in enumerate(turns, start=1)
@@ -104,21 +134,39 @@ class _RowParser:
         if not messages[0].parts:
             del messages[0]  # an empty system message is none
         self._check_order(messages, len(messages) - len(turns), needs_answer)
+        if needs_answer and not any(message.role == "assistant" and message.weight for message in messages):
+            raise self._error("every message of the assistant has weight 0, so there is nothing to learn")
         return Conversation(tuple(messages))
 
-    def _turns(self, row: Mapping[str, Any]) -> tuple[list[Any], str, str]:
-        present = [key for key in ("conversations", "messages") if key in row]
-        if len(present) != 1:
-            keys = ", ".join(sorted(map(str, row))) or "none"
-            found = (
-                "both conversations and messages" if present else f"neither conversations nor messages (keys: {keys})"
+    def _document(self, row: Mapping[str, Any], shape: str, images: list[ImageRef]) -> Conversation:
+        text = document_text(row, shape)
+        if isinstance(text, str):
+            self._check_placeholders(text.count(PLACEHOLDER), len(images))
+            parts = _split_text(self._text(text, "text"), iter(images))
+        else:
+            entries = zip(text, row["images"], strict=True)
+            parts = [
+                self._text(piece, "texts") if piece is not None else self._image(image, "images")
+                for piece, image in entries
+            ]
+        filled = [self._regions.fill(part) if isinstance(part, str) else part for part in parts]
+        message = Message("assistant", tuple(part for part in filled if part != ""))
+        if not message.text.strip():
+            raise self._error("the document has no text")
+        return Conversation((message,), is_document=True)
+
+    def _check_placeholders(self, num_placeholders: int, num_images: int) -> None:
+        if num_placeholders != num_images:
+            raise self._error(
+                f"{num_placeholders} {PLACEHOLDER} placeholder(s) in the texts, but {num_images} image(s) in the row"
             )
-            raise self._error(f"the row has {found}")
-        turns = row[present[0]]
+
+    def _turns(self, row: Mapping[str, Any], shape: str) -> tuple[list[Any], str, str]:
+        turns = row[shape]
         if not isinstance(turns, list):
-            raise self._error(f"{present[0]} is {_name(turns)}, not a list")
+            raise self._error(f"{shape} is {_name(turns)}, not a list")
         if not turns:
-            raise self._error(f"{present[0]} is empty")
+            raise self._error(f"{shape} is empty")
         for number, turn in enumerate(turns, start=1):
             if not isinstance(turn, Mapping):
                 raise self._error(f"message {number} is {_name(turn)}, not an object")
@@ -177,13 +225,24 @@ class _RowParser:
             parts = [self._part(part, number, supply) for part in content]
         else:
             raise self._error(f"message {number}: {content_key} is {_name(content)}, not text or a list of parts")
-        message = Message(role, tuple(part for part in parts if part != ""))
+        filled = [self._regions.fill(part) if isinstance(part, str) else part for part in parts]
+        weight = self._weight(turn, number) if role == "assistant" else 1.0
+        message = Message(role, tuple(part for part in filled if part != ""), weight)
         is_first_system = role == "system" and number == 1
         if not is_first_system and not any(isinstance(part, ImageRef) or part.strip() for part in message.parts):
             raise self._error(f"message {number} ({role}) is empty")
         if role == "assistant" and not message.text.strip():
             raise self._error(f"message {number} (assistant) has images but no text")
         return message
+
+    def _weight(self, turn: Mapping[str, Any], number: int) -> float:
+        weight = turn.get("weight")
+        if weight is None:
+            return 1.0
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not is_number or not 0 <= weight <= _LARGEST_WEIGHT:
+            raise self._error(f"message {number}: weight is {weight!r}, not a number from 0 to {_LARGEST_WEIGHT}")
+        return float(weight)
 
     def _part(self, part: Any, number: int, supply: Iterator[ImageRef]) -> str | ImageRef:
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -222,9 +281,14 @@ class _RowParser:
         return text
 
     def _error(self, what: str) -> ValueError:
-        return ValueError(f"{self._where}: {what}.")
+        return _RowError(f"{self._where}: {what}.")
 
 
+class _RowError(ValueError):
+    """An error that names its row."""
+
+
+_LARGEST_WEIGHT = 1000
 _IMAGE_KEYS = ("image", "image_url", "path", "url")
 
 

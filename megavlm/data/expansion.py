@@ -17,12 +17,18 @@ from megavlm.data.tokenizers import Tokenizer
 
 ImageWrapper = Literal["nvlm", "internvl", "none"]
 
+LossWeighting = Literal["token", "sample", "square_root"]
+"""How much a token's loss counts: all alike; so that each turn counts alike; or as the square root of its turn's length
+(InternVL 2.5, arXiv 2412.05271: token, sample and square averaging)."""
+
+_WEIGHTING_POWERS: dict[LossWeighting, float] = {"token": 0.0, "sample": -1.0, "square_root": -0.5}
+
 IMAGE_WRAPPERS: dict[ImageWrapper, tuple[str, str]] = {
     "nvlm": ("<Image>", "</Image>"),
     "internvl": ("<img>", "</img>"),
     "none": ("", ""),
 }
-"""The text before and after an image."""
+"""The text before and after an image; a special token where the tokenizer has one of that spelling (InternVL's own)."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,10 @@ class TokenRun:
 
     ids: tuple[int, ...]
     is_trained: bool
+    turn: int = 0
+    """Which turn of the sample they belong to."""
+    weight: float = 1.0
+    """Of their loss, as the sample gives it."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +89,13 @@ class ImageTokens:
     """The tokens that stand for one image."""
 
     tiles: tuple[TileTokens, ...]
+    closing_ids: tuple[int, ...] = ()
+    """Of the text behind the last tile; may be empty."""
 
     @property
     def num_tokens(self) -> int:
-        """Tags and image tokens together; the wrapper's tokens are text and not counted."""
-        return sum(tile.num_tokens for tile in self.tiles)
+        """Tags, image tokens and closing text together; the wrapper's tokens are text and not counted."""
+        return sum(tile.num_tokens for tile in self.tiles) + len(self.closing_ids)
 
     @property
     def uses_context(self) -> bool:
@@ -100,7 +112,7 @@ class Expansion:
     labels: Tensor
     """``[S]`` int64: the next token where it is trained, else 0."""
     loss_mask: Tensor
-    """``[S]`` float32: 1 where the next token is trained."""
+    """``[S]`` float32: weight of the next token's loss; 0 where it is not trained."""
     visible_tiles: Tensor
     """``[S, 2]`` int64: half-open range of the sample's tiles that each token may see by cross-attention."""
     tile_spans: Tensor
@@ -114,7 +126,11 @@ class Expansion:
 
 
 def route_image(
-    tag_ids: Sequence[tuple[int, ...]], layout: TileLayout, tokens_per_tile: int, route: TileRoute
+    tag_ids: Sequence[tuple[int, ...]],
+    layout: TileLayout,
+    tokens_per_tile: int,
+    route: TileRoute,
+    closing_ids: tuple[int, ...] = (),
 ) -> ImageTokens:
     """Say which tokens an image gets, tile by tile (:func:`route_tile`).
 
@@ -123,13 +139,13 @@ def route_image(
         layout: its tiles.
         tokens_per_tile: tokens that the connector gives for a tile.
         route: how the model takes tiles.
+        closing_ids: of the text behind the last tile.
     """
-    return ImageTokens(
-        tuple(
-            route_tile(tag, tokens_per_tile, route, is_whole_image=layout.is_whole_image(tile))
-            for tile, tag in enumerate(tag_ids)
-        )
+    tiles = tuple(
+        route_tile(tag, tokens_per_tile, route, is_whole_image=layout.is_whole_image(tile))
+        for tile, tag in enumerate(tag_ids)
     )
+    return ImageTokens(tiles, closing_ids)
 
 
 def encode_segments(
@@ -143,44 +159,62 @@ def encode_segments(
     Args:
         segments: a rendered conversation.
         tokenizer: its special symbols are looked up, its text is encoded plain.
-        wrapper: the text around each image.
+        wrapper: the text or the special tokens around each image.
 
     Raises:
         ValueError: the vocabulary lacks a special symbol of the template.
     """
     before, after = IMAGE_WRAPPERS[wrapper]
     runs: list[TokenRun | ImageSlot] = []
-    text, text_is_trained = "", False
+    text, kind = "", (False, 0, 1.0)
     starts_text = True
 
     def flush() -> None:
         nonlocal text, starts_text
         if text:
-            runs.append(TokenRun(tuple(tokenizer.encode(text, starts_text=starts_text)), text_is_trained))
+            runs.append(TokenRun(tuple(tokenizer.encode(text, starts_text=starts_text)), *kind))
             starts_text = False
         text = ""
 
-    def add_text(addition: str, is_trained: bool) -> None:
-        nonlocal text, text_is_trained
-        if is_trained != text_is_trained:
+    def add_text(addition: str, segment: Segment | None = None) -> None:
+        nonlocal text, kind
+        wanted = _kind(segment)
+        if wanted != kind:
             flush()
-        text, text_is_trained = text + addition, is_trained
+        text, kind = text + addition, wanted
+
+    def add_wrapper(spelling: str) -> None:
+        nonlocal starts_text
+        token_id = tokenizer.special_id(spelling)
+        if token_id is None:
+            add_text(spelling)
+            return
+        flush()
+        runs.append(TokenRun((token_id,), *_kind(None)))
+        starts_text = False
 
     for segment in segments:
         if isinstance(segment.content, str):
-            add_text(segment.content, segment.is_trained)
+            add_text(segment.content, segment)
         elif isinstance(segment.content, Special):
             flush()
-            runs.append(TokenRun((special_token_id(segment.content, tokenizer),), segment.is_trained))
+            runs.append(TokenRun((special_token_id(segment.content, tokenizer),), *_kind(segment)))
             starts_text = starts_text and segment.content == BOS
         else:
-            add_text(before, False)
+            add_wrapper(before)
             flush()
             runs.append(ImageSlot())
             starts_text = False
-            add_text(after, False)
+            add_wrapper(after)
     flush()
     return runs
+
+
+def _kind(segment: Segment | None) -> tuple[bool, int, float]:
+    """What must be alike in texts that are encoded as one: trained or not, turn and weight. None: around an image."""
+    if segment is None or not segment.is_trained or segment.weight == 0.0:
+        return (False, 0, 1.0)
+    return (True, segment.turn, segment.weight)
 
 
 def special_token_id(special: Special, tokenizer: Tokenizer) -> int:
@@ -211,6 +245,7 @@ def expand(
     images: Sequence[ImageTokens],
     image_token_id: int,
     text_sees: Literal["all_images", "last_image"] = "all_images",
+    loss_weighting: LossWeighting = "token",
 ) -> Expansion:
     """Put the images' tokens into their slots.
 
@@ -226,6 +261,7 @@ def expand(
         images: one for each slot.
         image_token_id: what stands at the positions of image features.
         text_sees: which images before it a token of text may see.
+        loss_weighting: how much a token's loss counts.
 
     Raises:
         ValueError: the number of slots is not the number of images.
@@ -234,7 +270,8 @@ def expand(
     if num_slots != len(images):
         raise ValueError(f"images={len(images)}: the rendered conversation has {num_slots} image slot(s).")
     ids: list[int] = []
-    is_trained: list[bool] = []
+    weights: list[float] = []  # 0: not trained
+    turns: list[int] = []
     visible: list[tuple[int, int]] = []
     spans: list[tuple[int, int]] = []
     seen_by_text = (0, 0)
@@ -242,7 +279,8 @@ def expand(
     for run in runs:
         if isinstance(run, TokenRun):
             ids += run.ids
-            is_trained += [run.is_trained] * len(run.ids)
+            weights += [run.weight if run.is_trained else 0.0] * len(run.ids)
+            turns += [run.turn] * len(run.ids)
             visible += [seen_by_text] * len(run.ids)
             continue
         image = next(supply)
@@ -253,21 +291,33 @@ def expand(
             visible += [all_of_image if image.uses_context else this_tile] * tile.num_image_tokens
             spans.append((len(ids) + len(tile.tag_ids), len(ids) + tile.num_tokens))
             ids += [*tile.tag_ids, *[image_token_id] * tile.num_image_tokens]
-            is_trained += [False] * tile.num_tokens
         seen_by_text = all_of_image if text_sees == "last_image" else (0, len(spans))
+        visible += [seen_by_text] * len(image.closing_ids)
+        ids += image.closing_ids
+        weights += [0.0] * image.num_tokens
+        turns += [0] * image.num_tokens
     tokens = torch.tensor(ids, dtype=torch.int64)
-    targets = torch.tensor([*is_trained[1:], False][: len(ids)], dtype=torch.bool)
+    loss_mask = _loss_mask(weights, turns, loss_weighting)
     tiles = [tile for image in images for tile in image.tiles]
     return Expansion(
         tokens=tokens,
-        labels=torch.where(targets, tokens.roll(-1), 0),
-        loss_mask=targets.to(torch.float32),
+        labels=torch.where(loss_mask > 0, tokens.roll(-1), 0),
+        loss_mask=loss_mask,
         visible_tiles=torch.tensor(visible, dtype=torch.int64).reshape(-1, 2),
         tile_spans=torch.tensor(spans, dtype=torch.int64).reshape(-1, 2),
         tile_context=torch.tensor([tile.context_length for tile in tiles], dtype=torch.int64),
         tile_tags=_padded([tile.context_tag_ids for tile in tiles]),
         tokens_per_image=tuple(image.num_tokens for image in images),
     )
+
+
+def _loss_mask(weights: Sequence[float], turns: Sequence[int], weighting: LossWeighting) -> Tensor:
+    """``[S]`` float32: each position's weight is that of the token behind it, by the trained length of its turn."""
+    of_next = torch.tensor([*weights[1:], 0.0][: len(weights)], dtype=torch.float64)
+    turn_of_next = torch.tensor([*turns[1:], 0][: len(turns)], dtype=torch.int64)
+    lengths = torch.bincount(turn_of_next[of_next > 0], minlength=max(turns, default=0) + 1).clamp(min=1)
+    scale = lengths.to(torch.float64) ** _WEIGHTING_POWERS[weighting]
+    return (of_next * scale[turn_of_next]).to(torch.float32)
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:

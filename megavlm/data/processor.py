@@ -1,6 +1,7 @@
 """Makes a sample of a conversation: reads its images, fits its tiles into the sequence, expands its tokens."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,32 +10,14 @@ from megavlm.batch import ALL_AMONG_TOKENS, SkippedSample, TileRoute
 from megavlm.data.chat_template import CHAT_TEMPLATES, Segment, Special, render, render_prompt
 from megavlm.data.config import DataConfig
 from megavlm.data.conversation import Conversation, ImageRef
-from megavlm.data.expansion import (
-    ImageSlot,
-    ImageTokens,
-    TokenRun,
-    count_tokens,
-    encode_segments,
-    expand,
-    route_image,
-    special_token_id,
-)
+from megavlm.data.expansion import ImageTokens, encode_segments, expand, route_image, special_token_id
+from megavlm.data.fitting import Fitter, OverLengthError, OverLengthPolicy, PlannedImage, SamplePlan
 from megavlm.data.image import ImageError, load_image, read_image_size
 from megavlm.data.sample import Prompt, Sample, SampleError
-from megavlm.data.tile_tag import tile_tags
+from megavlm.data.tile_tag import closing_text, tile_tags
 from megavlm.data.tilings import TileLayout
+from megavlm.data.tilings.layout import WHOLE
 from megavlm.data.tokenizers import Tokenizer
-
-
-@dataclass
-class _PlannedImage:
-    """An image whose pixels are not yet read."""
-
-    source: str
-    size: tuple[int, int]
-    layout: TileLayout
-    tokens: ImageTokens
-    is_degraded: bool = False
 
 
 class SampleProcessor:
@@ -92,29 +75,47 @@ class SampleProcessor:
             SampleError: an image cannot be used (reasons of :class:`megavlm.data.image.ImageError`), or the sample is
                 too long with every image at its fewest tiles (``over_length``).
         """
+        return self._make(key, self.plan(key, conversation))
+
+    def measure(self, key: str, conversation: Conversation) -> tuple[int, int]:
+        """Return how many tokens and tiles the training sample of a conversation has, from its images' headers.
+
+        Raises:
+            SampleError: as for the sample itself, as far as headers tell.
+        """
+        plan = self.plan(key, conversation)
+        return plan.num_tokens, plan.num_tiles
+
+    def plan(self, key: str, conversation: Conversation) -> SamplePlan:
+        """Decide on the tokens and tiles of the training sample of a conversation, from its images' headers.
+
+        Raises:
+            SampleError: as for the sample itself, as far as headers tell.
+        """
         segments = render(self._template, conversation, self.config.system_prompt)
-        return self._make(key, segments)
+        return self._fit(key, segments, self.config.over_length)
 
     def prompt(self, key: str, conversation: Conversation) -> Prompt:
         """Make what a model is given to write the last assistant turn.
 
         Args:
             key: names the sample in errors.
-            conversation: ends with the assistant, whose text becomes the reference, or with the user.
+            conversation: ends with the assistant, whose text becomes the reference, or with the user; or a document,
+                whose text behind the last image becomes the reference.
 
         Raises:
-            SampleError: as for a training sample.
+            SampleError: as for a training sample; a prompt that is too long is never cut.
         """
-        last = conversation.messages[-1]
         segments = render_prompt(self._template, conversation, self.config.system_prompt)
-        return Prompt(self._make(key, segments), last.text if last.role == "assistant" else "")
+        return Prompt(self._make(key, self._fit(key, segments, "skip")), _reference(conversation))
 
-    def image_tokens(self, layout: TileLayout, image_size: tuple[int, int]) -> ImageTokens:
+    def image_tokens(self, layout: TileLayout, image_size: tuple[int, int], image_index: int = 0) -> ImageTokens:
         """Return the tokens that stand for an image.
 
         Args:
             layout: its tiles.
             image_size: ``(width, height)`` in pixels.
+            image_index: number of the image in its sample.
         """
         tags = tile_tags(
             self.config.tile_tags,
@@ -122,21 +123,25 @@ class SampleProcessor:
             image_size,
             max_tiles=self.tiling.max_tiles,
             thumbnail_tag=self.config.thumbnail_tag,
+            boxes=self.tiling.boxes(layout, *image_size),
+            image_index=image_index,
         )
+        closing = closing_text(self.config.tile_tags, layout)
         tag_ids = [tuple(self.tokenizer.encode(tag)) if tag else () for tag in tags]
-        return route_image(tag_ids, layout, self.tokens_per_tile, self.route)
+        closing_ids = tuple(self.tokenizer.encode(closing)) if closing else ()
+        return route_image(tag_ids, layout, self.tokens_per_tile, self.route, closing_ids)
 
-    def _make(self, key: str, segments: list[Segment]) -> Sample:
-        runs = encode_segments(segments, self.tokenizer, self.config.image_wrapper)
+    def _make(self, key: str, plan: SamplePlan) -> Sample:
         try:
-            sources = [segment.content.source for segment in segments if isinstance(segment.content, ImageRef)]
-            images = [self._plan(source) for source in sources]
-            self._fit(key, runs, images)
-            tiles = self._cut(images)
+            tiles = self._cut(plan.images)
         except ImageError as error:
             raise SampleError(SkippedSample(key, error.reason, error.message)) from None
         expansion = expand(
-            runs, [image.tokens for image in images], self.tokenizer.image_token_id, self.route.text_sees
+            plan.runs,
+            [image.tokens for image in plan.images],
+            self.tokenizer.image_token_id,
+            self.route.text_sees,
+            self.config.loss_weighting,
         )
         return Sample(
             key=key,
@@ -148,48 +153,66 @@ class SampleProcessor:
             tile_context=expansion.tile_context,
             tile_tags=expansion.tile_tags,
             tiles=tiles,
-            tiles_per_image=torch.tensor([image.layout.num_tiles for image in images], dtype=torch.int64),
+            tiles_per_image=torch.tensor([image.layout.num_tiles for image in plan.images], dtype=torch.int64),
             tokens_per_image=expansion.tokens_per_image,
-            num_degraded=sum(image.is_degraded for image in images),
+            num_degraded=sum(image.is_degraded for image in plan.images),
+            num_dropped_images=plan.num_dropped_images,
+            is_cut=plan.is_cut,
         )
 
-    def _plan(self, source: str) -> _PlannedImage:
-        size = read_image_size(source, self.config.max_image_pixels)
-        layout = self.tiling.layout(*size)
-        return _PlannedImage(source, size, layout, self.image_tokens(layout, size))
+    def _fit(self, key: str, segments: Sequence[Segment], policy: OverLengthPolicy) -> SamplePlan:
+        """Decide on a sample's tokens and tiles. Of its images only the headers are read."""
+        sizes: dict[str, tuple[int, int]] = {}
+        fitter = Fitter(
+            max_tokens=self.config.seq_length,
+            max_tiles=self.config.max_tiles_per_sample,
+            policy=policy,
+            plan=lambda some: self._plan(some, sizes),
+            smaller=self._smaller,
+        )
+        try:
+            return fitter.fit(segments)
+        except ImageError as error:
+            raise SampleError(SkippedSample(key, error.reason, error.message)) from None
+        except OverLengthError as error:
+            raise SampleError(SkippedSample(key, "over_length", str(error))) from None
 
-    def _fit(self, key: str, runs: list[TokenRun | ImageSlot], images: list[_PlannedImage]) -> None:
-        """Take tiles from the image that has most, step by step, until the sample fits; changes ``images``.
+    def _plan(self, segments: Sequence[Segment], sizes: dict[str, tuple[int, int]]) -> SamplePlan:
+        """Encode segments and choose the layouts of their images; ``sizes`` keeps what was read of their headers."""
+        sources = [segment.content.source for segment in segments if isinstance(segment.content, ImageRef)]
+        images = []
+        for index, source in enumerate(sources):
+            if source not in sizes:
+                sizes[source] = read_image_size(source, self.config.max_image_pixels)
+            is_split = self._is_split(index, len(sources))
+            layout = self.tiling.layout(*sizes[source]) if is_split else WHOLE
+            tokens = self.image_tokens(layout, sizes[source], index)
+            images.append(PlannedImage(source, sizes[source], index, layout, tokens))
+        return SamplePlan(segments, encode_segments(segments, self.tokenizer, self.config.image_wrapper), images)
 
-        The steps are those of Megatron-LM, which takes them for all images of a sample at once. Tiles of the context
-        are only taken where that makes the text shorter (their tags).
-        """
-        limit = self.config.seq_length
-        while (length := count_tokens(runs, [image.tokens for image in images])) > limit:
-            for image in sorted(images, key=lambda image: image.layout.num_tiles, reverse=True):
-                if self._degrade(image):
-                    break
-            else:
-                num_image_tokens = sum(image.tokens.num_tokens for image in images)
-                message = (
-                    f"{length} tokens ({length - num_image_tokens} of text, {num_image_tokens} of {len(images)} "
-                    f"image(s), which cannot take fewer) do not fit data.seq_length={limit}."
-                )
-                raise SampleError(SkippedSample(key, "over_length", message))
+    def _is_split(self, index: int, num_images: int) -> bool:
+        below, last = self.config.split_below_images, self.config.split_last_images
+        return (below is None or num_images < below) and (last is None or index >= num_images - last)
 
-    def _degrade(self, image: _PlannedImage) -> bool:
-        """Give an image fewer tiles, as many steps as it takes to make its text shorter; False if none does."""
+    def _smaller(self, image: PlannedImage) -> PlannedImage | None:
         layout = self.tiling.degrade(image.layout, *image.size)
-        while layout is not None:
-            tokens = self.image_tokens(layout, image.size)
-            if tokens.num_tokens < image.tokens.num_tokens:
-                image.layout, image.tokens, image.is_degraded = layout, tokens, True
-                return True
-            layout = self.tiling.degrade(layout, *image.size)
-        return False
+        if layout is None:
+            return None
+        tokens = self.image_tokens(layout, image.size, image.index)
+        return replace(image, layout=layout, tokens=tokens, is_degraded=True)
 
-    def _cut(self, images: list[_PlannedImage]) -> Tensor:
+    def _cut(self, images: Sequence[PlannedImage]) -> Tensor:
         tiles = [torch.empty(0, 3, self.tile_size, self.tile_size, dtype=torch.uint8)]
         for image in images:
             tiles.append(self.tiling.cut(load_image(image.source, self.config.max_image_pixels), image.layout))
         return torch.cat(tiles)
+
+
+def _reference(conversation: Conversation) -> str:
+    """What the model should answer to the prompt of a conversation."""
+    last = conversation.messages[-1]
+    if not conversation.is_document:
+        return last.text if last.role == "assistant" else ""
+    images = [number for number, part in enumerate(last.parts) if isinstance(part, ImageRef)]
+    behind = last.parts[images[-1] + 1 :] if images else last.parts
+    return "".join(part for part in behind if isinstance(part, str))

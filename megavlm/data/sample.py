@@ -18,7 +18,7 @@ class Sample:
     labels: Tensor
     """``[S]`` int64: the next token where it is trained, else 0."""
     loss_mask: Tensor
-    """``[S]`` float32."""
+    """``[S]`` float32: weight of each position's loss."""
     visible_tiles: Tensor
     """``[S, 2]`` int64: half-open range of the sample's tiles."""
     tile_spans: Tensor
@@ -37,6 +37,10 @@ class Sample:
     """Index of the data source that it comes from."""
     num_degraded: int = 0
     """Images that got fewer tiles than the tiling chose, so that the sample fits."""
+    num_dropped_images: int = 0
+    """Images that were left out, or cut off with the end of the text, so that the sample fits."""
+    is_cut: bool = False
+    """Whether the end of its text was cut off, so that it fits."""
 
     @property
     def num_tokens(self) -> int:

@@ -3,21 +3,45 @@
 A kind is one file here and one row in :data:`ENGINES`.
 """
 
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import pydantic
+
 from megavlm.engines.config import MegatronEngineConfig, OptimizerSettings
+from megavlm.engines.deepspeed import DeepSpeedEngine, DeepSpeedEngineConfig
 from megavlm.engines.megatron import MegatronEngine, Stage, StepResult
 
 ENGINES: dict[str, type] = {
     "megatron": MegatronEngineConfig,
+    "deepspeed": DeepSpeedEngineConfig,
 }
 
-AnyEngineConfig = MegatronEngineConfig
+
+def _megatron_unless_said(given: Any) -> Any:
+    return {"kind": "megatron", **given} if isinstance(given, Mapping) else given
+
+
+AnyEngineConfig = Annotated[
+    Annotated[MegatronEngineConfig | DeepSpeedEngineConfig, pydantic.Field(discriminator="kind")],
+    pydantic.BeforeValidator(_megatron_unless_said),
+]
+
+
+def build_engine(config: MegatronEngineConfig) -> MegatronEngine:
+    """Make the engine of a config: one that trains, or only answers."""
+    return DeepSpeedEngine(config) if isinstance(config, DeepSpeedEngineConfig) else MegatronEngine(config)
+
 
 __all__ = [
     "ENGINES",
     "AnyEngineConfig",
+    "DeepSpeedEngine",
+    "DeepSpeedEngineConfig",
     "MegatronEngine",
     "MegatronEngineConfig",
     "OptimizerSettings",
     "Stage",
     "StepResult",
+    "build_engine",
 ]

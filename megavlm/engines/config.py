@@ -1,5 +1,6 @@
 """What a recipe can say about the megatron-core engine and its optimizer."""
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ import pydantic
 import torch
 
 from megavlm.config import Config
+from megavlm.engines.fp8 import Fp8Config, pad_multiple
 from megavlm.engines.learning_rate import resolve_learning_rate
 
 
@@ -14,8 +16,13 @@ class MegatronEngineConfig(Config):
     """Layout, precision and memory settings. Names are megatron-core's."""
 
     kind: Literal["megatron"] = "megatron"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16`` keeps float32 master weights and gradients."""
+    backend: Literal["torch", "transformer_engine"] = "torch"
+    """Implementation of the layers: ``torch`` runs everywhere; ``transformer_engine`` has fused kernels and FP8 on
+    GPUs. Checkpoints are the same."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """``bf16`` keeps float32 master weights and gradients; ``fp8`` is ``bf16`` with FP8 matrix products."""
+    fp8: Fp8Config | None = None
+    """Scaling and parts of FP8, read with ``precision: fp8``; None: the defaults."""
     tensor_model_parallel_size: pydantic.PositiveInt = 1
     pipeline_model_parallel_size: pydantic.PositiveInt = 1
     virtual_pipeline_model_parallel_size: pydantic.PositiveInt | None = None
@@ -41,6 +48,18 @@ class MegatronEngineConfig(Config):
     """One grouped matrix product over all experts of a rank, where torch takes their shapes; or one after another."""
     distributed_timeout_minutes: pydantic.PositiveFloat = 10.0
     """How long a rank waits for the others before it gives up."""
+    hang_timeout_seconds: pydantic.PositiveFloat = 300.0
+    """A run of which no rank gets anywhere (to its next micro-batch, say) for so long is ended, by every rank."""
+    lost_timeout_seconds: pydantic.PositiveFloat = 60.0
+    """A rank that gives no sign of life for so long, while the others wait, is lost: the others end the run."""
+
+    @pydantic.model_validator(mode="after")
+    def _fp8_has_layers(self) -> "MegatronEngineConfig":
+        if self.precision == "fp8" and self.backend != "transformer_engine":
+            raise ValueError(
+                f"engine.precision='fp8': engine.backend={self.backend!r} has no FP8. Set it to transformer_engine."
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _recompute_is_whole(self) -> "MegatronEngineConfig":
@@ -65,7 +84,28 @@ class MegatronEngineConfig(Config):
     @property
     def dtype(self) -> torch.dtype:
         """Type of weights and activations."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
+
+    @property
+    def active_fp8(self) -> Fp8Config | None:
+        """What is FP8; None in other precisions."""
+        return (self.fp8 or Fp8Config()) if self.precision == "fp8" else None
+
+    @property
+    def bf16_parts(self) -> tuple[str, ...]:
+        """Parts of a model that stay in bfloat16 in an FP8 run."""
+        return self.active_fp8.bf16_parts if self.active_fp8 is not None else ()
+
+    @property
+    def pad_multiple(self) -> int:
+        """Rows of a batch are padded to a multiple of this."""
+        splits = self.tensor_model_parallel_size if self.sequence_parallel else 1
+        return pad_multiple(splits=splits, config=self.active_fp8)
+
+    def on_any_machine(self) -> "MegatronEngineConfig":
+        """The same layout with layers that any machine has, for counting weights and memory."""
+        precision = "fp32" if self.precision == "fp32" else "bf16"
+        return self.model_copy(update={"backend": "torch", "precision": precision, "fp8": None})
 
     @property
     def pads_micro_batches(self) -> bool:
@@ -86,6 +126,7 @@ class MegatronEngineConfig(Config):
     def megatron_settings(self) -> dict[str, Any]:
         """TransformerConfig arguments that come from the layout, the precision and the engine's way of working."""
         is_pipelined = self.pipeline_model_parallel_size > 1
+        is_fused = self.backend == "transformer_engine"
         return {
             "tensor_model_parallel_size": self.tensor_model_parallel_size,
             "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
@@ -93,7 +134,7 @@ class MegatronEngineConfig(Config):
             "sequence_parallel": self.sequence_parallel,
             "params_dtype": self.dtype,
             "pipeline_dtype": self.dtype,
-            "bf16": self.precision == "bf16",
+            "bf16": self.dtype == torch.bfloat16,
             "recompute_granularity": self.recompute_granularity,
             "recompute_method": self.recompute_method,
             "recompute_num_layers": self.recompute_num_layers,
@@ -110,13 +151,20 @@ class MegatronEngineConfig(Config):
             # Weights come from megavlm.models.initialization or a checkpoint, never from the layers' own generators.
             "perform_initialization": False,
             "use_cpu_initialization": False,
-            # Fused kernels of Apex and Transformer Engine, which the torch backend does without.
-            "gradient_accumulation_fusion": False,
-            "bias_dropout_fusion": False,
-            "bias_activation_fusion": False,
-            "masked_softmax_fusion": False,
-            "apply_rope_fusion": False,
+            # Fused kernels, which the torch backend does without. The output layer is megatron-core's own, whose fused
+            # accumulation of gradients is in Apex.
+            "gradient_accumulation_fusion": is_fused and _has_fused_accumulation(),
+            "bias_dropout_fusion": is_fused,
+            "bias_activation_fusion": is_fused,
+            "masked_softmax_fusion": False,  # no attention here holds its scores
+            "apply_rope_fusion": is_fused,
+            **(self.active_fp8.megatron_fields() if self.active_fp8 is not None else {}),
         }
+
+
+def _has_fused_accumulation() -> bool:
+    """Whether Apex's kernel that adds a weight's gradient to the float32 one is installed."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 class OptimizerSettings(Config):

@@ -119,7 +119,7 @@ def mark_sharded_weights(model_chunks: Sequence[torch.nn.Module]) -> None:
     split_dimensions = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
     for chunk in model_chunks:
         for module in chunk.modules():
-            dimension = split_dimensions.get(type(module))
+            dimension = next((axis for layer, axis in split_dimensions.items() if isinstance(module, layer)), None)
             weight = getattr(module, "weight", None)
             if dimension is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dimension, stride=1)

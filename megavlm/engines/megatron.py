@@ -6,7 +6,7 @@ The same code runs on gloo and nccl. It knows nothing of what the model computes
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,10 +18,12 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor
 
 from megavlm.batch import Batch
-from megavlm.engines import guards
+from megavlm.engines import fp8, guards
 from megavlm.engines.config import MegatronEngineConfig, OptimizerSettings
 from megavlm.engines.fused_adam import FusedAdam
+from megavlm.engines.lr_scale import config_overrides
 from megavlm.runtime import current_device
+from megavlm.runtime.activity import ACTIVITY, Phase
 from megavlm.runtime.sharding import sharding_metadata
 
 T = TypeVar("T")
@@ -41,12 +43,14 @@ class StepResult:
     """What one optimizer step did. The same on every rank."""
 
     loss: float
-    """Mean loss of the trained tokens of the global batch; 0.0 if there were none."""
+    """Mean loss of the trained tokens of the global batch, each by its weight; 0.0 if there were none."""
     num_trained_tokens: int
     grad_norm: float
     """Global norm before clipping; nan or inf if the step was skipped for it; 0.0 if nothing was trained."""
     skip_reason: str | None
-    """Why the weights were not updated: ``no_trained_token``, ``grad_not_finite``; None if they were."""
+    """Why the weights were not updated: ``no_trained_token``, ``grad_not_finite``, ``loss_spike``; None: they were."""
+    source_losses: tuple[float, ...] = ()
+    """Summed loss of the trained tokens of each data source, whatever their weight; empty if only one is counted."""
 
 
 class MegatronEngine:
@@ -58,6 +62,8 @@ class MegatronEngine:
         self.device = current_device()
         self.chunks: list[MegatronModule] = []
         """This rank's model chunks as they were built."""
+        self.num_sources = 1
+        """Data sources (``Batch.sources``) whose losses are told apart."""
         self._optimizer: MegatronOptimizer | None = None
         self._wrapped: list[MegatronModule] = []
         self._loss_scale = 1.0
@@ -67,7 +73,13 @@ class MegatronEngine:
 
     def start(self) -> None:
         """Make megatron-core's process groups. The default process group must exist and the layout be checked
-        (:func:`megavlm.runtime.layout.check_parallel_config`)."""
+        (:func:`megavlm.runtime.layout.check_parallel_config`).
+
+        Raises:
+            ValueError: the precision is FP8 and this machine cannot do it.
+        """
+        if self.config.active_fp8 is not None:
+            fp8.check_machine(self.config.active_fp8)
         guards.install_optimizer()
         guards.supply_missing_names()
         parallel_state.initialize_model_parallel(
@@ -121,8 +133,10 @@ class MegatronEngine:
         """
         self.chunks = [chunk.to(self.device) for chunk in chunks]
         guards.before_wrap(self.chunks)
+        if not training:
+            fp8.switch_off(self.chunks)
         modules: list[MegatronModule] = list(self.chunks)
-        if self.config.precision == "bf16":
+        if self.config.dtype == torch.bfloat16:
             modules = [Float16Module(module.config, module) for module in modules]
         if training:
             has_replicas = parallel_state.get_data_parallel_world_size() > 1
@@ -158,23 +172,28 @@ class MegatronEngine:
         return self._optimizer
 
     def build_optimizer(self, settings: OptimizerSettings) -> MegatronOptimizer:
-        """Make the optimizer of the parameters that train."""
+        """Make the optimizer of the parameters that train, with the learning rates of ``lr_scale.py``."""
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            params_dtype=self.config.dtype,
+            bf16=self.config.dtype == torch.bfloat16,
+            use_distributed_optimizer=self.config.use_distributed_optimizer,
+            overlap_param_gather=self.config.overlap_param_gather,
+        )
+        trained = (
+            parameter for module in self._wrapped for parameter in module.parameters() if parameter.requires_grad
+        )
         self._optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=settings.lr,
-                min_lr=settings.min_lr,
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.adam_beta1,
-                adam_beta2=settings.adam_beta2,
-                adam_eps=settings.adam_eps,
-                clip_grad=settings.clip_grad,
-                params_dtype=self.config.dtype,
-                bf16=self.config.precision == "bf16",
-                use_distributed_optimizer=self.config.use_distributed_optimizer,
-                overlap_param_gather=self.config.overlap_param_gather,
-            ),
+            config,
             self._wrapped,
+            config_overrides=config_overrides(config, trained),
             use_gloo_process_groups=False,
         )
         for inner in self._inner_optimizers():
@@ -250,32 +269,50 @@ class MegatronEngine:
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
-    def train_step(self, batches: Sequence[Batch]) -> StepResult:
+    def train_step(self, batches: Sequence[Batch], accept: Callable[[float], bool] | None = None) -> StepResult:
         """Forward, backward and update on this rank's micro-batches of one global batch.
 
-        The loss is the sum over the trained tokens of the global batch divided by their number, so it does not depend
-        on micro-batch size, accumulation or data parallelism. A global batch without a trained token, or with
-        gradients that are not finite, changes nothing and says so.
+        The loss is the weighted sum over the trained tokens of the global batch divided by the sum of their weights (by
+        their number, where all are 1), so it does not depend on micro-batch size, accumulation, packing or data
+        parallelism. A global batch without a trained token, with gradients that are not finite, or with a loss that is
+        not accepted, changes nothing and says so.
+
+        Args:
+            batches: of this rank.
+            accept: given the loss, says whether to update the weights; asked on every rank, and one no is enough.
         """
+        ACTIVITY.begin(Phase.COMPUTING)
+        self._clear_grads()
+        num_trained, num_tokens, weight_sum = self._count_tokens(batches)
+        if num_trained == 0:
+            return StepResult(0.0, 0, 0.0, "no_trained_token")
+        self._loss_scale, self._auxiliary_loss_scale = 1.0 / weight_sum, 1.0 / num_tokens
+        loss_sum, *source_losses = self._run_schedule(batches, forward_only=False)
+        ACTIVITY.begin(Phase.UPDATING)
+        skip_reason: str | None
+        if accept is not None and self.any_rank(not accept(loss_sum / weight_sum)):
+            skip_reason, grad_norm = "loss_spike", self._grad_norm()
+        else:
+            grad_norm, updated = self._update_weights()
+            skip_reason = None if updated else "grad_not_finite"
+        return StepResult(loss_sum / weight_sum, num_trained, grad_norm, skip_reason, tuple(source_losses))
+
+    def _clear_grads(self) -> None:
+        """Begin a step."""
         for module in self._wrapped:
             if not module.training:  # walks over all submodules: 5 % of a step of a tiny model
                 module.train()
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
-        num_trained, num_tokens = self._count_tokens(batches)
-        if num_trained == 0:
-            return StepResult(0.0, 0, 0.0, "no_trained_token")
-        self._loss_scale, self._auxiliary_loss_scale = 1.0 / num_trained, 1.0 / num_tokens
-        loss_sum = self._run_schedule(batches, forward_only=False)
-        grad_norm, updated = self._update_weights()
-        return StepResult(loss_sum / num_trained, num_trained, grad_norm, None if updated else "grad_not_finite")
 
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Return the summed loss and the number of trained tokens of a global batch, without training."""
+        """Return the summed loss and the number of trained tokens of a global batch, without training. All trained
+        tokens count alike, whatever their weight."""
         for module in self._wrapped:
             module.eval()
+        batches = [replace(batch, loss_mask=(batch.loss_mask > 0).to(batch.loss_mask.dtype)) for batch in batches]
         with torch.no_grad():
-            return self._run_schedule(batches, forward_only=True), self._count_tokens(batches)[0]
+            return self._run_schedule(batches, forward_only=True)[0], self._count_tokens(batches)[0]
 
     def logits(self, batch: Batch, wanted: Tensor, vocab_size: int, cache: Any = None) -> Tensor:
         """Logits of one micro-batch at chosen positions, the same on every rank of the model.
@@ -307,15 +344,33 @@ class MegatronEngine:
         self._broadcast_from_last_stage(logits)
         return logits
 
-    def _run_schedule(self, batches: Sequence[Batch], *, forward_only: bool) -> float:
-        """Run all micro-batches; return the summed loss of the global batch."""
-        outputs = self._forward_backward(_loss_step, batches, forward_only=forward_only)
-        loss_sum = torch.zeros(1, dtype=torch.float64, device=self.device)
+    def _run_schedule(self, batches: Sequence[Batch], *, forward_only: bool) -> list[float]:
+        """Run all micro-batches; return the summed loss of all, then of each source if they are told apart."""
+        outputs = self._forward_backward(self._loss_step, batches, forward_only=forward_only)
+        num_sums = 1 if self.num_sources == 1 else 1 + self.num_sources
+        sums = torch.zeros(num_sums, dtype=torch.float64, device=self.device)
         for output in outputs:
-            loss_sum += output["loss_sum"]
-        self._broadcast_from_last_stage(loss_sum)
-        torch.distributed.all_reduce(loss_sum, group=parallel_state.get_data_parallel_group())
-        return loss_sum.item()
+            sums[0] += output["loss_sum"]
+            if num_sums > 1:
+                sums[1:] += output["source_sums"]
+        self._broadcast_from_last_stage(sums)
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        return sums.tolist()
+
+    def _loss_step(self, iterator: Iterator[Batch], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        """megatron-core's forward step: run a chunk on the next micro-batch, say how its output becomes a loss."""
+        batch = next(iterator)
+
+        def sum_losses(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            loss_sum = (losses * batch.loss_mask).sum()
+            metrics = {"loss_sum": loss_sum}
+            if self.num_sources > 1:
+                unweighted = (losses.detach() * (batch.loss_mask > 0)).to(torch.float64).flatten()
+                zeros = unweighted.new_zeros(self.num_sources)
+                metrics["source_sums"] = zeros.index_add(0, batch.source_of_tokens().flatten(), unweighted)
+            return loss_sum, torch.zeros((), dtype=torch.int), guards.own_metrics(metrics)
+
+        return module(batch), sum_losses
 
     def _forward_backward(
         self, forward_step: Callable[..., Any], batches: Sequence[Batch], *, forward_only: bool
@@ -326,7 +381,7 @@ class MegatronEngine:
             length, context_length = self._longest_of_replicas(length, context_length)
         if self.config.pads_micro_batches:
             batches = [batch.padded_to(length, context_length) for batch in batches]
-        iterators = [iter(batches) for _ in self._wrapped]
+        iterators = [counted(batches) for _ in self._wrapped]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -345,8 +400,7 @@ class MegatronEngine:
 
     def _update_weights(self) -> tuple[float, bool]:
         """Clip and step. Returns the gradient norm and whether the weights were updated (the same on every rank)."""
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        grad_norm = self._grad_norm()
         if not math.isfinite(grad_norm):
             return grad_norm, False
         clip_grad = self.optimizer.config.clip_grad
@@ -358,13 +412,20 @@ class MegatronEngine:
         self.optimizer.step_with_ready_grads()
         return grad_norm, True
 
-    def _count_tokens(self, batches: Sequence[Batch]) -> tuple[int, int]:
-        """Trained tokens of the global batch, and all of its tokens without padding."""
-        counts = torch.stack([torch.stack([batch.loss_mask.count_nonzero(), batch.num_tokens]) for batch in batches])
-        total = counts.sum(0)
+    def _grad_norm(self) -> float:
+        """Make the gradients ready for an update; return their global norm."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def _count_tokens(self, batches: Sequence[Batch]) -> tuple[int, int, float]:
+        """Trained tokens of the global batch, all its tokens without padding, and the summed weights of the trained."""
+        total = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            weights = batch.loss_mask.to(torch.float64)
+            total += torch.stack([weights.count_nonzero(), batch.num_tokens, weights.sum()])
         torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
-        num_trained, num_tokens = total.tolist()
-        return num_trained, num_tokens
+        num_trained, num_tokens, weight_sum = total.tolist()
+        return int(num_trained), int(num_tokens), weight_sum
 
     def _scale_loss(self, loss: Tensor) -> Tensor:
         """Called by megatron-core's schedule on each micro-batch's summed loss."""
@@ -379,15 +440,11 @@ class MegatronEngine:
             )
 
 
-def _loss_step(iterator: Iterator[Batch], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-    """megatron-core's forward step: run a chunk on the next micro-batch, say how its output becomes a loss."""
-    batch = next(iterator)
-
-    def sum_losses(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        loss_sum = (losses * batch.loss_mask).sum()
-        return loss_sum, torch.zeros((), dtype=torch.int), guards.own_metrics({"loss_sum": loss_sum})
-
-    return module(batch), sum_losses
+def counted(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Hand out micro-batches, and note each: a rank that still begins one does not hang."""
+    for batch in batches:
+        ACTIVITY.advance()
+        yield batch
 
 
 def _finalize_summed_grads(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:

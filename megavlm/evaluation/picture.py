@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
 
 from megavlm.data import SampleProcessor
 from megavlm.data.image import load_image
@@ -35,10 +36,11 @@ def draw_samples(path: Path, answers: Sequence[ScoredAnswer], processor: SampleP
         image = load_image(answer.images[-1], processor.config.max_image_pixels)
         layout = processor.tiling.layout(*image.size)
         axes.imshow(image)
-        for column in range(1, layout.columns):
-            axes.axvline(column * image.width / layout.columns - 0.5, color="tab:cyan", linewidth=1.2)
-        for row in range(1, layout.rows):
-            axes.axhline(row * image.height / layout.rows - 0.5, color="tab:cyan", linewidth=1.2)
+        boxes = processor.tiling.boxes(layout, *image.size)
+        for tile, (left, top, right, bottom) in enumerate(boxes):
+            if not layout.is_whole_image(tile):
+                corner, size = (left - 0.5, top - 0.5), (right - left, bottom - top)
+                axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="tab:cyan", linewidth=1.2))
         mark = "right" if answer.is_right else "WRONG"
         axes.set_title(
             _plain(f"{answer.question}\nmodel: {answer.answer}   truth: {answer.references[0]}   ({mark})"),

@@ -9,7 +9,6 @@ groups, D channels of a head.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +19,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
-from megavlm.models.backend import Backend, SDPACoreAttention
+from megavlm.models.backend import Backend, SDPACoreAttention, compiled_flex_attention
 from megavlm.models.cache import KeyValueCache
 from megavlm.models.weights import start_at
 from megavlm.runtime import current_device
@@ -218,12 +217,6 @@ def range_mask(ranges: Tensor, context_length: int) -> Tensor:
     starts = starts.masked_fill(starts >= stops, 0)
     stops = stops.clamp(min=1)
     return ((positions < starts) | (positions >= stops)).unsqueeze(1)
-
-
-@functools.cache
-def compiled_flex_attention() -> Callable[..., Tensor]:
-    """FlexAttention compiled; uncompiled it would hold all scores."""
-    return torch.compile(flex_attention, dynamic=True)
 
 
 class _BlockMasks:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megavlm.models.weights import WeightSlot, count_unreachable, fill_weights
@@ -31,7 +32,7 @@ def initialize_weights(chunks: Sequence[MegatronModule], seed: int) -> None:
             return torch.full(slot.shape, slot.constant)
         if slot.key.endswith(".bias"):
             return torch.zeros(slot.shape)
-        part = parts[slot.key.split(".", 1)[0]].config
+        part = _config_of(parts, slot.key)
         std = part.init_method_std
         if slot.key.endswith(_RESIDUAL_WRITERS) and ".layers." in slot.key:
             std /= math.sqrt(2 * part.num_layers)
@@ -39,6 +40,14 @@ def initialize_weights(chunks: Sequence[MegatronModule], seed: int) -> None:
 
     fill_weights(chunks, draw)
     assert count_unreachable(chunks) == 0, "a module keeps parameters out of its sharded state dict"
+
+
+def _config_of(parts: dict[str, torch.nn.Module], key: str) -> TransformerConfig:
+    """megatron-core's config of the part that a key belongs to: of one of several encoders its own."""
+    words = key.split(".")
+    if words[:2] == ["vision", "encoders"]:
+        return parts["vision"].get_submodule(".".join(words[1:3])).config
+    return parts[words[0]].config
 
 
 def generator_of(seed: int, key: str) -> torch.Generator:

@@ -24,6 +24,7 @@ from torch import Tensor
 from megavlm.config import Config
 from megavlm.models.backend import Backend, attention_spec, block_spec, layer_spec
 from megavlm.models.cache import KeyValueCache
+from megavlm.models.lora import LoraConfig, unfused, with_lora
 from megavlm.models.moe import MoEConfig, Router, RouterObserver, moe_spec
 from megavlm.models.weights import mark_padded
 
@@ -62,6 +63,8 @@ class LanguageConfig(Config):
     """Llama-3.1's stretching of low rotary frequencies; None: off."""
     init_method_std: pydantic.PositiveFloat = 0.02
     """Standard deviation of fresh weights; writers to the residual stream get 1 / sqrt(2 * num_layers) of it."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters beside the decoder's linear layers, which train as the part ``lora``; None: there are none."""
     attention_dropout: pydantic.NonNegativeFloat = 0.0
     hidden_dropout: pydantic.NonNegativeFloat = 0.0
 
@@ -77,7 +80,9 @@ class LanguageConfig(Config):
                 f"model.language.num_attention_heads={self.num_attention_heads}: is not a multiple of "
                 f"num_query_groups={self.num_query_groups}. Each key/value head serves a whole number of query heads."
             )
-        _ = self.layers_with_experts  # raises
+        with_experts = self.layers_with_experts  # raises
+        if self.lora is not None:
+            self.lora.check(self.num_layers, with_experts)
         return self
 
     @property
@@ -125,10 +130,14 @@ def decoder_layer_specs(
     expert_backend: Backend | None = None,
 ) -> list[ModuleSpec]:
     """One spec per decoder layer of the whole model, first to last; the experts' layers may come from elsewhere."""
+    if config.lora is not None:
+        backend = unfused(backend)
     attention = attention_spec(backend, AttnMaskType.causal)
     layers = [layer_spec(backend, attention)] * config.num_layers
     for index in config.layers_with_experts:
         layers[index] = layer_spec(backend, attention, mlp=moe_spec(expert_backend or backend, transformer_config))
+    if config.lora is not None:
+        layers = [with_lora(layer, config.lora, number) for number, layer in enumerate(layers)]
     return layers
 
 

@@ -81,8 +81,8 @@ class VLM(MegatronModule):
             pre_process, post_process: whether the stage is the first, the last.
             vp_stage: index of the virtual stage, or None without interleaving.
             backend: a row of ``megavlm.models.backend.BACKENDS``.
-            bf16_parts: of ``vision``, ``connector``, ``language``, ``cross_attention`` and ``experts`` those that stay in
-                bfloat16 where the settings ask for FP8.
+            bf16_parts: of ``vision``, ``connector``, ``language``, ``cross_attention`` and ``experts`` those that
+                stay in bfloat16 where the settings ask for FP8.
 
         Raises:
             ValueError: the tokenizer has more tokens than the model's vocabulary, or the backend is not installed.
@@ -101,7 +101,11 @@ class VLM(MegatronModule):
         if pre_process:
             self.vision = config.vision.build(settings_of["vision"], layers)
             self.connector = config.connector.build(
-                config.vision.hidden_size, config.language.hidden_size, settings_of["connector"], layers
+                config.vision.hidden_size,
+                config.language.hidden_size,
+                settings_of["connector"],
+                layers,
+                num_patches=config.vision.num_patches,
             )
             if self.route.uses_context:
                 # every rank normalises the whole context, so the gradient of the weight is whole on each
@@ -126,6 +130,9 @@ class VLM(MegatronModule):
         self.tile_shape = (3, config.vision.image_size, config.vision.image_size)
         self.patch_shape = (config.vision.num_patches, config.vision.hidden_size)
         self._received: Tensor | None = None
+        self.always_encodes = False
+        """Whether encoder and connector run on every micro-batch, on a blank tile if it has none: where data-parallel
+        ranks hold parts of each weight, they gather them together."""
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Take the output of the stage before (called by megatron-core's schedules)."""
@@ -201,8 +208,11 @@ class VLM(MegatronModule):
             features = embeddings.new_zeros(0, 1, embeddings.shape[-1])
             # megatron-core backpropagates on every stage and overlapped gradient reduction waits for every parameter,
             # so the parts that train must be in the graph of every micro-batch, here with weight zero.
-            if torch.is_grad_enabled() and self._trains(self.vision, self.connector):
-                embeddings = embeddings + self._connect(self._encode_nothing(embeddings)).sum() * 0.0
+            trains = torch.is_grad_enabled() and self._trains(self.vision, self.connector)
+            if trains or self.always_encodes:
+                nothing = self._connect(self._encode_nothing(embeddings))
+                embeddings = embeddings + nothing.sum() * 0.0
+                features = nothing[:0]
         if not self.route.uses_context:
             embeddings = fill_placeholders(embeddings, features, batch.tokens, self.image_token_id)
             context = None
@@ -218,15 +228,22 @@ class VLM(MegatronModule):
     def _lay_out_context(self, features: Tensor, batch: Batch) -> Tensor:
         """Features of the context's tiles -> ``[C, N, H]`` with their tags, normalised."""
         if self.route.context_tags == "text":
-            return self.context_layernorm(lay_out_context(features, None, batch))
+            return self.context_layernorm(self._lay_out(features, None, batch))
         ids = batch.tile_tags[batch.tile_context != 0]
         tags = self.language.embed(ids.clamp(min=0), torch.zeros_like(ids))
         if self.route.context_tags == "concatenate":
-            return self.context_layernorm(lay_out_context(features, tags, batch))
+            return self.context_layernorm(self._lay_out(features, tags, batch))
         # projected features are many times larger than word embeddings, so each is normalised by itself
         summed = sum_tags(tags, batch).unsqueeze(1).expand_as(features)
-        normed = [self.context_layernorm(lay_out_context(part, None, batch)) for part in (features, summed)]
+        normed = [self.context_layernorm(self._lay_out(part, None, batch)) for part in (features, summed)]
         return normed[0] + normed[1]
+
+    def _lay_out(self, features: Tensor, tags: Tensor | None, batch: Batch) -> Tensor:
+        """The context, with what it is made of in its graph even where it holds nothing."""
+        context = lay_out_context(features, tags, batch)
+        if self.always_encodes and features.shape[0] == 0:
+            context = context + (features.sum() + (0.0 if tags is None else tags.sum()))
+        return context
 
     def _encode_tiles(self, tiles: Tensor) -> Tensor:
         """``[T, 3, H, W]`` -> ``[T, P, D]``; a frozen encoder keeps no activations."""
@@ -241,8 +258,8 @@ class VLM(MegatronModule):
 
     def _encode_nothing(self, like: Tensor) -> Tensor:
         """Features ``[1, P, D]`` of a blank tile, without the cost of the encoder if that is frozen."""
-        if self._trains(self.vision):
-            return self.vision(torch.zeros(1, *self.tile_shape, dtype=torch.uint8, device=like.device))
+        if self._trains(self.vision) or self.always_encodes:
+            return self._encode_tiles(torch.zeros(1, *self.tile_shape, dtype=torch.uint8, device=like.device))
         return torch.zeros(1, *self.patch_shape, dtype=like.dtype, device=like.device)
 
     @staticmethod

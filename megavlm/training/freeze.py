@@ -1,6 +1,6 @@
-"""Which parts of a model train in a stage."""
+"""Which parts of a model train in a stage, and how fast."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -19,3 +19,16 @@ def freeze_except(chunks: Sequence[torch.nn.Module], trainable: Iterable[str]) -
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(part_of(name) in wanted)
+
+
+def scale_learning_rates(chunks: Sequence[torch.nn.Module], scales: Mapping[str, float]) -> None:
+    """Say what the learning rate of each part is multiplied by, before the engine makes its optimizer.
+
+    Args:
+        chunks: this rank's (unwrapped) model chunks; their parameters get the attribute ``lr_scale``.
+        scales: part of ``megavlm.models.part.PARTS`` -> factor; 1 for those that are not named.
+    """
+    assert scales.keys() <= set(PARTS), scales
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parameter.lr_scale = float(scales.get(part_of(name), 1.0))  # type: ignore[attr-defined]

@@ -1,34 +1,41 @@
 """The training loop: one stage of one run, from its recipe to its last checkpoint."""
 
-import contextlib
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megavlm.batch import Batch
 from megavlm.build import Parts, build_parts
-from megavlm.checkpoint import AsyncSaver, RunFolder, find_checkpoint, load_checkpoint, save_checkpoint
-from megavlm.config import dump_recipe, save_recipe
-from megavlm.data import Dataset, DatasetConfig, Loader
-from megavlm.engines import MegatronEngine
+from megavlm.checkpoint import RunFolder, find_checkpoint, load_checkpoint
+from megavlm.config import save_recipe
+from megavlm.data import LaneProgress, Loader, PackedLoader, Progress
+from megavlm.engines import MegatronEngine, StepResult
 from megavlm.engines.feed import Feed, is_reader
+from megavlm.engines.lockstep import check_lockstep
 from megavlm.models.initialization import initialize_weights
 from megavlm.models.part import PARTS, part_of
 from megavlm.models.weights import count_parameters
 from megavlm.recipe import Recipe
+from megavlm.runtime.activity import ACTIVITY, Phase
 from megavlm.runtime.log import LOGGER
 from megavlm.runtime.process import Process
 from megavlm.runtime.signals import StopRequest, stop_on_signals
-from megavlm.training.freeze import freeze_except
+from megavlm.runtime.watchdog import Watchdog
+from megavlm.training.feeding import build_training_loader, build_validation_loader, open_data, training_steps
+from megavlm.training.freeze import freeze_except, scale_learning_rates
 from megavlm.training.picture import draw_loss
 from megavlm.training.position import Position
 from megavlm.training.report import Report
+from megavlm.training.rewind import go_back, tell_spike
 from megavlm.training.router_health import router_health_of
 from megavlm.training.router_picture import draw_routers
+from megavlm.training.saver import Saver
 from megavlm.training.schedule import build_schedule, current_lr
+from megavlm.training.spikes import SpikeWatch
 
 
 @dataclass
@@ -38,10 +45,13 @@ class _Run:
     parts: Parts
     position: Position
     feed: Feed
+    training_data: Loader | PackedLoader | None
+    """What the feed reads from, on the reader."""
     validation: Loader | None
     """The validation pass, on the reader."""
     report: Report
-    saver: "_Saver"
+    saver: Saver
+    spikes: SpikeWatch | None
 
     @property
     def recipe(self) -> Recipe:
@@ -63,23 +73,28 @@ def train(recipe: Recipe, process: Process) -> None:
     if process.rank == 0:
         folder.clean()
     parts = build_parts(recipe, world_size=process.world_size)
-    train_data, valid_data = _open_data(recipe) if is_reader() else (None, None)
-    position = _prepare_model(parts, folder)
+    train_data, valid_data = open_data(recipe) if is_reader() else (None, None)
+    spikes = None if recipe.training.loss_spike is None else SpikeWatch(recipe.training.loss_spike)
+    position, progress = _prepare_model(parts, folder, spikes)
     if process.rank == 0:
         folder.path.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, folder.path / "recipe.yaml")
     if position.iteration >= recipe.training.train_iters:
         LOGGER.info("%s: all %d steps are done already.", folder.path, recipe.training.train_iters)
         return
-    steps = validation = None
-    if train_data is not None:
-        steps = iter(build_loader(parts, train_data, endless=True, consumed_samples=position.consumed_samples))
-    if valid_data is not None:
-        validation = build_loader(parts, valid_data, endless=False)
+    training_data = None if train_data is None else build_training_loader(parts, train_data, progress)
+    validation = None if valid_data is None else build_validation_loader(parts, valid_data)
     LOGGER.info("ready after %.1f s", time.perf_counter() - started)
     is_writer = process.rank == 0
     with (
         stop_on_signals() as stop,
+        Watchdog(
+            process.rank,
+            process.world_size,
+            hang_seconds=recipe.engine.hang_timeout_seconds,
+            lost_seconds=recipe.engine.lost_timeout_seconds,
+            is_asked_to_stop=lambda: bool(stop),
+        ),
         Report(
             recipe,
             parts.engine,
@@ -87,54 +102,26 @@ def train(recipe: Recipe, process: Process) -> None:
             is_writer=is_writer,
             iteration=position.iteration,
             router_health=router_health_of(parts),
+            spikes=spikes,
         ) as report,
     ):
-        _run_steps(_Run(parts, position, Feed(steps), validation, report, _Saver(parts, folder)), stop)
+        feed = Feed(None if training_data is None else training_steps(parts, training_data))
+        saver = Saver(parts, folder)
+        _run_steps(_Run(parts, position, feed, training_data, validation, report, saver, spikes), stop)
     if is_writer:
         LOGGER.info("loss curve: %s", draw_loss(folder.path))
 
 
-def _open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
-    """Open training and validation data; rows that cannot be used are told now."""
-
-    def open_one(config: DatasetConfig) -> Dataset:
-        dataset = config.build()
-        LOGGER.info("%d samples in %s, %d unusable rows left out", len(dataset), config.path, dataset.num_bad_rows)
-        for row in dataset.bad_rows:
-            LOGGER.warning("unusable row: %s", row)
-        return dataset
-
-    return open_one(recipe.data.train), open_one(recipe.data.valid) if recipe.data.valid else None
-
-
-def build_loader(parts: Parts, dataset: Dataset, *, endless: bool, consumed_samples: int = 0) -> Loader:
-    """Make the loader of training data (endless) or of one pass over validation data, as the recipe says."""
-    recipe, engine = parts.recipe, parts.engine
-    return Loader(
-        dataset,
-        parts.processor,
-        micro_batch_size=recipe.training.micro_batch_size,
-        global_batch_size=recipe.training.global_batch_size,
-        data_parallel_rank=engine.data_parallel_rank,
-        data_parallel_size=engine.data_parallel_size,
-        seed=recipe.training.seed,
-        shuffle=recipe.data.shuffle and endless,
-        num_workers=recipe.data.num_workers if endless else 0,
-        pad_multiple=parts.pad_multiple,
-        consumed_samples=consumed_samples,
-        endless=endless,
-        timeout_seconds=recipe.data.worker_timeout_seconds,
-    )
-
-
-def _prepare_model(parts: Parts, folder: RunFolder) -> Position:
-    """Build, fill, freeze and wrap the model; make the optimizer; load what there is to load."""
+def _prepare_model(parts: Parts, folder: RunFolder, spikes: SpikeWatch | None) -> tuple[Position, Progress]:
+    """Build, fill, freeze and wrap the model; make the optimizer; load what there is to load; say where it stands."""
     recipe, engine = parts.recipe, parts.engine
     chunks = parts.build_chunks()
     resume_from = find_checkpoint(folder)
     if resume_from is None:
         initialize_weights(chunks, recipe.training.seed)
+    engine.num_sources = len(recipe.data.train.source_names)
     freeze_except(chunks, recipe.training.trainable)
+    scale_learning_rates(chunks, recipe.training.lr_scale)
     _log_parameters(parts, chunks)
     engine.wrap(chunks)
     engine.build_optimizer(recipe.training.optimizer)
@@ -142,9 +129,14 @@ def _prepare_model(parts: Parts, folder: RunFolder) -> Position:
         _check_same_model(recipe, resume_from)
         loaded = load_checkpoint(resume_from, engine, with_optimizer=True, verify=recipe.checkpoint.verify)
         LOGGER.info("resuming %s after step %d", folder.path, loaded.iteration)
-        return Position(loaded.iteration, loaded.extra["consumed_samples"])
+        if spikes is not None:
+            spikes.restore(loaded.extra.get("loss_spike"))
+        consumed_samples = loaded.extra["consumed_samples"]
+        lanes = loaded.extra.get("data")
+        progress = Progress.after(consumed_samples) if lanes is None else Progress.from_json(lanes)
+        return Position(loaded.iteration, consumed_samples), progress
     _start_from_weights(recipe, engine)
-    return Position()
+    return Position(), Progress.after(0)
 
 
 def _start_from_weights(recipe: Recipe, engine: MegatronEngine) -> None:
@@ -172,20 +164,26 @@ def _start_from_weights(recipe: Recipe, engine: MegatronEngine) -> None:
 
 def _run_steps(run: _Run, stop: StopRequest) -> None:
     training, engine, position = run.recipe.training, run.parts.engine, run.position
-    schedule = build_schedule(
-        engine.optimizer, training.optimizer, train_iters=training.train_iters, iteration=position.iteration
-    )
+    schedule = _schedule(run)
     deadline = time.monotonic() + (training.exit_duration_in_mins or float("inf")) * 60.0
     while position.iteration < training.train_iters:
+        ACTIVITY.begin(Phase.READING, step=position.iteration + 1)
         waiting_since = time.perf_counter()
         batches = next(run.feed)
         data_wait = time.perf_counter() - waiting_since
+        ACTIVITY.begin(Phase.COMPARING)
+        check_lockstep(batches, step=position.iteration + 1, replica=engine.data_parallel_rank, device=engine.device)
         schedule.step(increment=1)
-        result = engine.train_step(batches)
+        accept = run.spikes.accepts if run.spikes is not None and run.spikes.decides_updates else None
+        result = engine.train_step(batches, accept)
         position.iteration += 1
         position.consumed_samples += training.global_batch_size
+        ACTIVITY.begin(Phase.REPORTING)
         run.saver.poll()
         run.report.step(position, result, batches, current_lr(engine.optimizer), data_wait)
+        if run.spikes is not None and _answer_spike(run, result, batches):
+            schedule = _schedule(run)
+            continue
 
         is_last = position.iteration == training.train_iters
         must_stop = engine.any_rank(bool(stop) or time.monotonic() > deadline)
@@ -194,7 +192,8 @@ def _run_steps(run: _Run, stop: StopRequest) -> None:
         if is_evaluated:
             _validate(run)
         if is_saved:
-            run.saver.save(position)
+            ACTIVITY.begin(Phase.SAVING)
+            run.saver.save(position, _progress(run), run.spikes)
         if is_evaluated or is_saved:
             _show_routers(run)
             run.report.restart_clock()
@@ -202,7 +201,38 @@ def _run_steps(run: _Run, stop: StopRequest) -> None:
             reason = stop.name or "time is up"
             LOGGER.info("stopping after step %d (%s); the same command resumes it", position.iteration, reason)
             break
+    ACTIVITY.begin(Phase.ENDING)
     run.saver.finish()
+
+
+def _schedule(run: _Run) -> OptimizerParamScheduler:
+    """The learning rate as it stands at the run's position."""
+    training = run.recipe.training
+    optimizer = run.parts.engine.optimizer
+    return build_schedule(
+        optimizer, training.optimizer, train_iters=training.train_iters, iteration=run.position.iteration
+    )
+
+
+def _answer_spike(run: _Run, result: StepResult, batches: Sequence[Batch]) -> bool:
+    """Tell a spike of the loss if there is one. Returns whether the run was put back to a checkpoint."""
+    assert run.spikes is not None
+    spike = run.spikes.take(run.position.iteration, result)
+    if spike is None:
+        return False
+    samples = tell_spike(run.parts, run.report, spike, batches)
+    if not spike.must_rewind:
+        return False
+    run.saver.finish()
+    return go_back(run.parts, run.report, run.position, run.spikes, spike, samples)
+
+
+def _progress(run: _Run) -> Progress:
+    """Which samples all ranks have used."""
+    lanes: Mapping[int, LaneProgress] = {} if run.training_data is None else run.training_data.lanes
+    gathered = run.parts.engine.gather_over_replicas(dict(lanes))
+    # ranks that read no data write no description of the run either
+    return Progress.gathered(gathered)
 
 
 def _is_due(iteration: int, interval: int | None) -> bool:
@@ -213,8 +243,10 @@ def _validate(run: _Run) -> None:
     """Mean loss over the whole validation data."""
     if run.recipe.data.valid is None:
         return
+    ACTIVITY.begin(Phase.VALIDATING)
     loss_sum, num_tokens = 0.0, 0
     for batches in Feed(iter(run.validation) if run.validation is not None else None):
+        ACTIVITY.advance()
         step_loss, step_tokens = run.parts.engine.evaluate(batches)
         loss_sum += step_loss
         num_tokens += step_tokens
@@ -227,47 +259,6 @@ def _show_routers(run: _Run) -> None:
     has_loads = run.report.router_loads(run.position.iteration)
     if has_loads and run.report.is_writer:
         draw_routers(run.recipe.checkpoint.save)
-
-
-class _Saver:
-    """Saves checkpoints of a run, beside training if the recipe says so."""
-
-    def __init__(self, parts: Parts, folder: RunFolder) -> None:
-        self._parts = parts
-        self._folder = folder
-        self._asynchronous = AsyncSaver() if parts.recipe.checkpoint.async_save else None
-
-    def save(self, position: Position) -> None:
-        """Save, or begin to save, the run as it is now."""
-        recipe = self._parts.recipe
-        with _tokenizer_files(self._parts) as files:
-            save = self._asynchronous.save if self._asynchronous else save_checkpoint
-            save(
-                self._folder,
-                position.iteration,
-                self._parts.engine,
-                extra={"consumed_samples": position.consumed_samples},
-                files={"recipe.yaml": dump_recipe(recipe), **files},
-                keep_last=recipe.checkpoint.keep_last,
-            )
-
-    def poll(self) -> None:
-        """Complete a checkpoint that has been written meanwhile."""
-        if self._asynchronous is not None and (path := self._asynchronous.poll()):
-            LOGGER.info("saved %s", path)
-
-    def finish(self) -> None:
-        """Wait for a checkpoint on its way."""
-        if self._asynchronous is not None:
-            self._asynchronous.finish()
-
-
-@contextlib.contextmanager
-def _tokenizer_files(parts: Parts) -> Iterator[dict[str, Path]]:
-    """The tokenizer's files, by their names in the checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        parts.tokenizer.save(Path(folder))
-        yield {f"tokenizer/{path.name}": path for path in Path(folder).iterdir()}
 
 
 def _log_parameters(parts: Parts, chunks: list) -> None:

@@ -10,4 +10,4 @@ class Position:
     iteration: int = 0
     """Optimizer steps done."""
     consumed_samples: int = 0
-    """Samples of the data order that are behind the run."""
+    """Rows of all global batches so far: samples, where they are not packed."""

@@ -10,19 +10,22 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from megavlm.batch import Batch
 from megavlm.engines import MegatronEngine, StepResult
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
+from megavlm.training.data_report import DataReport
 from megavlm.training.position import Position
+from megavlm.training.progress_bar import ProgressBar
 from megavlm.training.router_health import RouterHealth
+from megavlm.training.spikes import SpikeWatch
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -39,6 +42,7 @@ class Report:
         is_writer: bool,
         iteration: int,
         router_health: RouterHealth | None = None,
+        spikes: SpikeWatch | None = None,
     ) -> None:
         """Open the outputs.
 
@@ -49,39 +53,42 @@ class Report:
             is_writer: whether this rank writes (rank 0).
             iteration: steps done before; later ones in the metrics file are cut off.
             router_health: of a model with experts.
+            spikes: counts spikes of the loss.
         """
         self._recipe = recipe
+        self._folder = folder
         self.is_writer = is_writer
         """Whether this rank writes."""
         self._engine = engine
         self._router_health = router_health
+        self._spikes = spikes
         self._totals: Counter[str] = Counter()
         """Skipped and nan iterations since the run (re)started."""
         self._num_skipped_samples = 0
         self._num_degraded_images = 0
+        self._num_dropped_images = 0
+        self._num_cut_samples = 0
+        self._data = DataReport(engine, recipe.data.train.source_names, recipe.data.seq_length)
         self._window: list[StepResult] = []
         self._window_start = time.perf_counter()
         self._window_data_wait = 0.0
-        self._metrics = self._tensorboard = self._progress = None
+        self._metrics: TextIO | None = None
+        self._tensorboard: SummaryWriter | None = None
+        self._progress: ProgressBar | None = None
         if not is_writer:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        _cut_metrics(folder / METRICS_FILE, after=iteration)
-        self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
-        if recipe.logging.tensorboard:
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
+        self._open(iteration)
         if sys.stdout.isatty():
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[loss]}"),
-            )
-            self._task = self._progress.add_task("training", total=recipe.training.train_iters, loss="")
-            self._progress.update(self._task, completed=iteration)
-            self._progress.start()
+            self._progress = ProgressBar(recipe.training.train_iters, iteration)
+
+    def _open(self, iteration: int) -> None:
+        """Open the files; what they say of later steps is cut off."""
+        path = self._folder / METRICS_FILE
+        _cut_metrics(path, after=iteration)
+        self._metrics = path.open("a", encoding="utf-8", buffering=1)
+        if self._recipe.logging.tensorboard:
+            self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=iteration + 1)
 
     def __enter__(self) -> "Report":
         return self
@@ -90,11 +97,28 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the outputs."""
-        for output in (self._metrics, self._tensorboard):
+        for output in (self._metrics, self._tensorboard, self._progress):
             if output is not None:
                 output.close()
-        if self._progress is not None:
-            self._progress.stop()
+
+    def write_point(self, point: dict[str, Any]) -> None:
+        """Add a line to the metrics file; ``point`` has an ``iteration``."""
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(point) + "\n")
+
+    def go_back(self, iteration: int) -> None:
+        """Forget the steps after this one: the run does them again, with other data."""
+        self._data.take()
+        if self._window and self._router_health is not None:
+            self._router_health.take(len(self._window))
+        self._window.clear()
+        self._window_data_wait = 0.0
+        self.restart_clock()
+        if self.is_writer:
+            for output in (self._metrics, self._tensorboard):
+                if output is not None:
+                    output.close()
+            self._open(iteration)
 
     def restart_clock(self) -> None:
         """Leave out of the next step time what is not training (validation, saving)."""
@@ -116,8 +140,11 @@ class Report:
         self._window.append(result)
         self._window_data_wait += data_wait
         self._count(result)
+        self._data.add(result, batches)
         for batch in batches:
             self._num_degraded_images += batch.num_degraded
+            self._num_dropped_images += batch.num_dropped_images
+            self._num_cut_samples += batch.num_cut_samples
             for sample in batch.skipped:
                 self._num_skipped_samples += 1
                 LOGGER.warning(
@@ -134,7 +161,7 @@ class Report:
             }
             self._metrics.write(json.dumps(point) + "\n")
         if self._progress is not None:
-            self._progress.update(self._task, completed=iteration, loss=f"loss {result.loss:.3f}")
+            self._progress.show(iteration, result.loss)
         if iteration % self._recipe.logging.log_interval == 0 or iteration == self._recipe.training.train_iters:
             self._flush(position, lr)
 
@@ -180,9 +207,15 @@ class Report:
         loss = sum(step.loss for step in trained) / len(trained) if trained else 0.0
         tokens = sum(step.num_trained_tokens for step in self._window) / num_steps
         batch_size = self._recipe.training.global_batch_size
-        skipped_samples, degraded_images = self._engine.sum_over_replicas(
-            [self._num_skipped_samples, self._num_degraded_images]
+        skipped_samples, degraded_images, dropped_images, cut_samples = self._engine.sum_over_replicas(
+            [
+                self._num_skipped_samples,
+                self._num_degraded_images,
+                self._num_dropped_images,
+                self._num_cut_samples,
+            ]
         )
+        data = self._show_data(iteration)
         routers = self._routers(iteration, num_steps)
         # Widths and separators of Megatron-LM's training_log, which many scripts read; what is ours comes after.
         LOGGER.info(
@@ -199,7 +232,10 @@ class Report:
             f" trained tokens per iteration: {tokens:.0f} |"
             f" data wait (ms): {self._window_data_wait / num_steps * 1000.0:.1f} |"
             f" skipped samples: {skipped_samples:.0f} |"
-            f" images with fewer tiles: {degraded_images:.0f} |{routers}"
+            f" images with fewer tiles: {degraded_images:.0f} |"
+            f" images left out: {dropped_images:.0f} |"
+            f" samples cut off: {cut_samples:.0f} |{data}{routers}"
+            f"{self._spikes.log_text() if self._spikes else ''}"
         )
         points = {
             "lm loss": loss,
@@ -209,11 +245,30 @@ class Report:
             "iteration-time": seconds,
             "skipped-samples": skipped_samples,
             "degraded-images": degraded_images,
+            "dropped-images": dropped_images,
+            "cut-samples": cut_samples,
+            **(self._spikes.points() if self._spikes else {}),
         }
         self._add_scalars(position.iteration, points)
         self._window.clear()
         self._window_data_wait = 0.0
         self._window_start = now
+
+    def _show_data(self, iteration: int) -> str:
+        """Write what the data of the last steps was; returns the piece of the log line."""
+        numbers = self._data.take()
+        if numbers is None:
+            return ""
+        if numbers.sources:
+            listed = "; ".join(source.log_text() for source in numbers.sources)
+            LOGGER.info("sources (samples / tokens / trained tokens): %s", listed)
+            if self._metrics is not None:
+                sources = [asdict(source) for source in numbers.sources]
+                self._metrics.write(json.dumps({"iteration": iteration, "sources": sources}) + "\n")
+        if self._tensorboard is not None:
+            for name, value in numbers.points().items():
+                self._tensorboard.add_scalar(name, value, iteration)
+        return numbers.log_text(is_packed=self._recipe.data.packing is not None)
 
     def _routers(self, iteration: int, num_steps: int) -> str:
         """Write what the routers did in the last steps; returns the piece of the log line."""

@@ -235,7 +235,7 @@ def router_health_of(parts: Parts) -> RouterHealth | None:
     if recipe.model.language.moe is None:
         return None
     is_trained = "language" in recipe.training.trainable
-    return RouterHealth(parts.engine, recipe.model.language, [recipe.data.train.path.name], is_trained=is_trained)
+    return RouterHealth(parts.engine, recipe.model.language, recipe.data.train.source_names, is_trained=is_trained)
 
 
 def _view(name: str, sums: dict[str, Tensor], groups: list[int]) -> View | None:

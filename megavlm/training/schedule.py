@@ -1,7 +1,7 @@
 """The learning rate of each step: warm-up, decay, floor."""
 
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
 from megavlm.recipe import OptimizerConfig
 from megavlm.runtime.log import LOGGER
@@ -43,5 +43,8 @@ def build_schedule(
 
 
 def current_lr(optimizer: MegatronOptimizer) -> float:
-    """Learning rate of the next update."""
-    return float(optimizer.param_groups[0]["lr"]) if optimizer.param_groups else 0.0
+    """Learning rate of the next update: of parts that do not scale it, if any such part trains."""
+    lr = get_canonical_lr_for_logging(optimizer.param_groups)
+    if lr is None:
+        lr = optimizer.param_groups[0]["lr"] if optimizer.param_groups else 0.0
+    return float(lr)

@@ -8,6 +8,7 @@ from megavlm.config import Config
 from megavlm.data.conversation import Conversation
 from megavlm.data.datasets.json import JsonDataset, JsonDatasetConfig
 from megavlm.data.datasets.jsonl import JsonlDataset, JsonlDatasetConfig
+from megavlm.data.datasets.shards import ShardsDataset, ShardsDatasetConfig
 
 
 class Dataset(Protocol):
@@ -34,6 +35,14 @@ class DatasetKind(Protocol):
 
     kind: str
 
+    @property
+    def name(self) -> str:
+        """What logs call it."""
+
+    @property
+    def source_names(self) -> list[str]:
+        """Names of its data sources, in the order of ``Batch.sources``: its own, where it is no blend."""
+
     def build(self) -> Dataset:
         """Open the dataset and check every row; ``ValueError`` where it cannot be used."""
 
@@ -41,9 +50,12 @@ class DatasetKind(Protocol):
 DATASETS: dict[str, type[Config]] = {
     "jsonl": JsonlDatasetConfig,
     "json": JsonDatasetConfig,
+    "shards": ShardsDatasetConfig,
 }
 
-DatasetConfig = Annotated[JsonlDatasetConfig | JsonDatasetConfig, pydantic.Field(discriminator="kind")]
+DatasetConfig = Annotated[
+    JsonlDatasetConfig | JsonDatasetConfig | ShardsDatasetConfig, pydantic.Field(discriminator="kind")
+]
 
 __all__ = [
     "DATASETS",
@@ -54,4 +66,6 @@ __all__ = [
     "JsonDatasetConfig",
     "JsonlDataset",
     "JsonlDatasetConfig",
+    "ShardsDataset",
+    "ShardsDatasetConfig",
 ]

@@ -11,6 +11,7 @@ import pydantic
 from megavlm.config import Config
 from megavlm.data.conversation import Conversation
 from megavlm.data.datasets.row_check import BadRowPolicy, RowChecker, read_row
+from megavlm.data.grounding import CoordinateStyle
 
 
 class JsonDatasetConfig(Config):
@@ -25,6 +26,18 @@ class JsonDatasetConfig(Config):
     """What to do, at opening, with rows that are malformed or lack an image file: ``error`` stops, ``skip`` goes on."""
     limit: int | None = pydantic.Field(default=None, ge=1)
     """Read only so many rows from the file's beginning."""
+    coordinate_style: CoordinateStyle = "mm1_5"
+    """How the rows' boxes and points are written: ``mm1_5`` (0 to 999, in brackets) or ``nvlm`` (0 to 1000)."""
+
+    @property
+    def name(self) -> str:
+        """What logs call it."""
+        return self.path.name
+
+    @property
+    def source_names(self) -> list[str]:
+        """Of the only source."""
+        return [self.name]
 
     def build(self) -> "JsonDataset":
         """Read the file and check every row."""
@@ -42,7 +55,8 @@ class JsonDataset:
         """
         self._path = config.path
         self._image_root = config.image_root or config.path.parent
-        checker = RowChecker(config.path, self._image_root)
+        self._coordinate_style = config.coordinate_style
+        checker = RowChecker(config.path, self._image_root, config.coordinate_style)
         numbers, ends = array("q"), array("q", [0])
         text = bytearray()
         for number, row in enumerate(_read_list(config.path)[: config.limit]):
@@ -65,7 +79,9 @@ class JsonDataset:
     def __getitem__(self, index: int) -> tuple[str, Conversation]:
         """See :class:`megavlm.data.datasets.Dataset`."""
         key = self._key(int(self._numbers[index]))
-        return key, read_row(self._text[self._ends[index] : self._ends[index + 1]], key, self._image_root)
+        return key, read_row(
+            self._text[self._ends[index] : self._ends[index + 1]], key, self._image_root, self._coordinate_style
+        )
 
     def _key(self, number: int) -> str:
         return f"{self._path}[{number}]"

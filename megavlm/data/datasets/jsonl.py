@@ -11,6 +11,7 @@ import pydantic
 from megavlm.config import Config
 from megavlm.data.conversation import Conversation
 from megavlm.data.datasets.row_check import BadRowPolicy, RowChecker, read_row
+from megavlm.data.grounding import CoordinateStyle
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8; the JSON reader passes over it
 
@@ -27,6 +28,18 @@ class JsonlDatasetConfig(Config):
     """What to do, at opening, with rows that are malformed or lack an image file: ``error`` stops, ``skip`` goes on."""
     limit: int | None = pydantic.Field(default=None, ge=1)
     """Read only so many rows from the file's beginning."""
+    coordinate_style: CoordinateStyle = "mm1_5"
+    """How the rows' boxes and points are written: ``mm1_5`` (0 to 999, in brackets) or ``nvlm`` (0 to 1000)."""
+
+    @property
+    def name(self) -> str:
+        """What logs call it."""
+        return self.path.name
+
+    @property
+    def source_names(self) -> list[str]:
+        """Of the only source."""
+        return [self.name]
 
     def build(self) -> "JsonlDataset":
         """Open the file and check every row."""
@@ -44,7 +57,8 @@ class JsonlDataset:
         """
         self._path = config.path
         self._image_root = config.image_root or config.path.parent
-        checker = RowChecker(config.path, self._image_root)
+        self._coordinate_style = config.coordinate_style
+        checker = RowChecker(config.path, self._image_root, config.coordinate_style)
         offsets, line_numbers = array("q"), array("q")
         try:
             with open(config.path, "rb") as file:
@@ -81,7 +95,7 @@ class JsonlDataset:
                 line = file.readline()
         except OSError as error:
             raise ValueError(f"{key}: cannot be read any more ({error.strerror}).") from None
-        return key, read_row(line, key, self._image_root)
+        return key, read_row(line, key, self._image_root, self._coordinate_style)
 
 
 def _rows(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:

@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import Literal
 
 from megavlm.data.conversation import Conversation, parse_conversation
+from megavlm.data.grounding import CoordinateStyle
 
 BadRowPolicy = Literal["error", "skip"]
 
 _NUM_LISTED = 10
 
 
-def read_row(raw: bytes, where: str, image_root: Path) -> Conversation:
+def read_row(raw: bytes, where: str, image_root: Path, coordinate_style: CoordinateStyle = "mm1_5") -> Conversation:
     """Decode and parse one row.
 
     Args:
         raw: JSON.
         where: names the row in errors.
         image_root: relative paths of images begin here.
+        coordinate_style: how boxes and points are written.
 
     Raises:
         ValueError: beginning with ``where``, saying what is wrong with the row.
@@ -31,25 +33,26 @@ def read_row(raw: bytes, where: str, image_root: Path) -> Conversation:
         raise ValueError(f"{where}: is not valid JSON ({error}).") from None
     except RecursionError:
         raise ValueError(f"{where}: is not valid JSON for a row (nested too deeply).") from None
-    return parse_conversation(row, where, image_root)
+    return parse_conversation(row, where, image_root, coordinate_style=coordinate_style)
 
 
 class RowChecker:
     """Checks rows one by one, and then says what was wrong with them all."""
 
-    def __init__(self, path: Path, image_root: Path) -> None:
+    def __init__(self, path: Path, image_root: Path, coordinate_style: CoordinateStyle = "mm1_5") -> None:
         """Name the file and the folder of its images."""
         self.num_rows = 0
         self.num_bad_rows = 0
         self.bad_rows: list[str] = []
         self._path = path
         self._image_root = image_root
+        self._coordinate_style = coordinate_style
 
     def is_usable(self, raw: bytes, where: str) -> bool:
         """Count a row; whether it is well formed and its image files are there."""
         self.num_rows += 1
         try:
-            conversation = read_row(raw, where, self._image_root)
+            conversation = read_row(raw, where, self._image_root, self._coordinate_style)
             for image in conversation.images:
                 if not image.source.startswith("data:") and not os.path.isfile(image.source):
                     raise ValueError(f"{where}: the image {image.source} is missing.")

@@ -7,8 +7,12 @@ from PIL import Image
 from torch import Tensor
 
 from megavlm.config import Config
+from megavlm.data.tilings.catty import CattyTilingConfig
 from megavlm.data.tilings.dynamic import DynamicTiling, DynamicTilingConfig
-from megavlm.data.tilings.layout import TileLayout
+from megavlm.data.tilings.layout import Box, TileLayout
+from megavlm.data.tilings.mm1_5 import Mm15TilingConfig
+from megavlm.data.tilings.square import SquareTilingConfig
+from megavlm.data.tilings.static import StaticTilingConfig
 from megavlm.data.tilings.whole import WholeTiling, WholeTilingConfig
 
 
@@ -29,8 +33,14 @@ class Tiling(Protocol):
     def degrade(self, layout: TileLayout, width: int, height: int) -> TileLayout | None:
         """Return the next smaller layout of the image; ``None`` where ``layout`` is the smallest."""
 
+    def boxes(self, layout: TileLayout, width: int, height: int) -> list[Box]:
+        """Which part of an image of that size each tile shows, in the order of the tiles."""
+
     def cut(self, image: Image.Image, layout: TileLayout) -> Tensor:
-        """Cut an RGB image: ``[num_tiles, 3, tile_size, tile_size]`` uint8, row by row, the thumbnail last."""
+        """Cut an RGB image: ``[num_tiles, 3, tile_size, tile_size]`` uint8, in the order of ``layout.cells()``.
+
+        Every tiling also cuts the layout of a single tile: the whole image.
+        """
 
 
 class TilingKind(Protocol):
@@ -45,14 +55,31 @@ class TilingKind(Protocol):
 TILINGS: dict[str, type[Config]] = {
     "dynamic": DynamicTilingConfig,
     "whole": WholeTilingConfig,
+    "square": SquareTilingConfig,
+    "static": StaticTilingConfig,
+    "mm1_5": Mm15TilingConfig,
+    "catty": CattyTilingConfig,
 }
 
-TilingConfig = Annotated[DynamicTilingConfig | WholeTilingConfig, pydantic.Field(discriminator="kind")]
+TilingConfig = Annotated[
+    DynamicTilingConfig
+    | WholeTilingConfig
+    | SquareTilingConfig
+    | StaticTilingConfig
+    | Mm15TilingConfig
+    | CattyTilingConfig,
+    pydantic.Field(discriminator="kind"),
+]
 
 __all__ = [
     "TILINGS",
+    "Box",
+    "CattyTilingConfig",
     "DynamicTiling",
     "DynamicTilingConfig",
+    "Mm15TilingConfig",
+    "SquareTilingConfig",
+    "StaticTilingConfig",
     "TileLayout",
     "Tiling",
     "TilingConfig",

@@ -10,11 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from megavlm.config import Config
-from megavlm.data.tilings.layout import TileLayout, cut_tiles
-
-DEGRADATION_LADDER = (12, 8, 6, 4, 2, 1)
-"""Where a sample is too long, an image goes down to the next number here (Megatron-LM's
-``num_tiles_degradation_map``, which knows no step from the numbers in between)."""
+from megavlm.data.tilings.layout import Box, TileLayout, cut_tiles, grid_boxes, next_rung
 
 
 class DynamicTilingConfig(Config):
@@ -58,11 +54,12 @@ class DynamicTiling:
 
     def degrade(self, layout: TileLayout, width: int, height: int) -> TileLayout | None:
         """Return the layout at the next step of the ladder; ``None`` at its end or at ``min_tiles``."""
-        current = layout.columns * layout.rows
-        for limit in DEGRADATION_LADDER:
-            if limit < current:
-                return self._layout_within(width, height, limit) if limit >= self._min_tiles else None
-        return None
+        limit = next_rung(layout.columns * layout.rows)
+        return None if limit is None or limit < self._min_tiles else self._layout_within(width, height, limit)
+
+    def boxes(self, layout: TileLayout, width: int, height: int) -> list[Box]:
+        """See :class:`megavlm.data.tilings.Tiling`."""
+        return grid_boxes(layout, width, height)
 
     def cut(self, image: Image.Image, layout: TileLayout) -> Tensor:
         """See :class:`megavlm.data.tilings.Tiling`."""

@@ -6,7 +6,7 @@ from PIL import Image
 from torch import Tensor
 
 from megavlm.config import Config
-from megavlm.data.tilings.layout import TileLayout, cut_tiles
+from megavlm.data.tilings.layout import WHOLE, Box, TileLayout, cut_tiles, grid_boxes
 
 
 class WholeTilingConfig(Config):
@@ -30,11 +30,15 @@ class WholeTiling:
 
     def layout(self, width: int, height: int) -> TileLayout:
         """Return the only layout there is."""
-        return TileLayout(columns=1, rows=1, has_thumbnail=False)
+        return WHOLE
 
     def degrade(self, layout: TileLayout, width: int, height: int) -> TileLayout | None:
         """Return ``None``: one tile is the least."""
         return None
+
+    def boxes(self, layout: TileLayout, width: int, height: int) -> list[Box]:
+        """See :class:`megavlm.data.tilings.Tiling`."""
+        return grid_boxes(layout, width, height)
 
     def cut(self, image: Image.Image, layout: TileLayout) -> Tensor:
         """See :class:`megavlm.data.tilings.Tiling`."""

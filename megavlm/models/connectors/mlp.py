@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megavlm.config import Config
 from megavlm.models.backend import Backend
+from megavlm.models.connectors.products import FeatureShape, Products
 from megavlm.models.first_stage import first_stage_config
 
 
@@ -70,8 +71,26 @@ class MLPConnectorConfig(Config):
             )
         return num_patches // 4
 
+    def count_products(self, products: Products, shape: FeatureShape, needs_features: bool) -> bool:
+        """Tell the matrix products of a forward pass; see :class:`megavlm.models.connectors.ConnectorConfig`."""
+        num_tokens = self.tokens_per_tile(shape.num_patches)
+        input_size = shape.input_size * shape.num_patches // num_tokens  # of shuffled patches
+        num_vectors = shape.num_tiles * num_tokens
+        needs = needs_features or (self.layernorm and products.trains)
+        if self.num_layers == 1:
+            return products.linear(num_vectors, input_size, shape.output_size, needs)
+        inner_size = self.ffn_hidden_size or shape.output_size
+        inner = products.linear(num_vectors, input_size, inner_size, needs)
+        return products.linear(num_vectors, inner_size, shape.output_size, inner)
+
     def build(
-        self, input_size: int, output_size: int, megatron_settings: Mapping[str, Any], backend: Backend
+        self,
+        input_size: int,
+        output_size: int,
+        megatron_settings: Mapping[str, Any],
+        backend: Backend,
+        *,
+        num_patches: int | None = None,
     ) -> "MLPConnector":
         """Make the connector: ``[T, P, input_size]`` -> ``[T, K, output_size]``.
 
@@ -80,6 +99,7 @@ class MLPConnectorConfig(Config):
             output_size: width of the language model.
             megatron_settings: TransformerConfig arguments that come from the layout and the precision.
             backend: where the layers come from.
+            num_patches: P; this connector holds nothing for each patch and can do without.
 
         Raises:
             ValueError: a width does not divide by the tensor-parallel size.

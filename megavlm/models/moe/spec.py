@@ -19,12 +19,14 @@ def moe_spec(backend: Backend, config: TransformerConfig) -> ModuleSpec:
     Args:
         backend: where the layers of an expert come from.
         config: of the model; ``moe_grouped_gemm`` asks for one grouped product over all experts, which is done where
-            torch takes their shapes.
+            torch takes their shapes, and in FP8 where the backend has such experts.
     """
     experts: Any = ModuleSpec(
         module=SequentialMLP,
         submodules=MLPSubmodules(linear_fc1=backend.column_parallel_linear, linear_fc2=backend.row_parallel_linear),
     )
-    if config.moe_grouped_gemm and can_group(config):
+    if config.moe_grouped_gemm and config.fp8 and backend.quantized_experts is not None:
+        experts = backend.quantized_experts
+    elif config.moe_grouped_gemm and can_group(config):
         experts = GroupedExperts
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))

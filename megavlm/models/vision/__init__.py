@@ -1,21 +1,21 @@
 """Vision encoders: tiles to patch features.
 
-A kind is one file here and one row in :data:`VISION_ENCODERS`. Its config is a pydantic class with ``kind`` and what
-:class:`VisionConfig` lists; ``build`` makes the module, whose ``forward`` takes ``tiles [T, 3, H, W]`` (uint8, which it
-normalises by its own mean and standard deviation, or floats already normalised) and gives ``features [T, P, D]``.
+A kind is one file here and one row in :data:`megavlm.models.vision.single.SINGLE_ENCODERS`. Its config is a pydantic
+class with ``kind`` and what :class:`VisionConfig` lists; ``build`` makes the module, whose ``forward`` takes ``tiles
+[T, 3, H, W]`` (uint8, which it normalises by its own mean and standard deviation, or floats already normalised) and
+gives ``features [T, P, D]``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Protocol
 
 import pydantic
 import torch
 
 from megavlm.models.backend import Backend
-from megavlm.models.vision.clip import ClipConfig
-from megavlm.models.vision.dinov2 import Dinov2Config
-from megavlm.models.vision.internvit import InternViTConfig
-from megavlm.models.vision.siglip import SiglipConfig
+from megavlm.models.vision.dual import DualConfig
+from megavlm.models.vision.single import SINGLE_ENCODERS, SingleVisionConfig
+from megavlm.models.vision.transformer import VisionTransformerConfig
 
 
 class VisionConfig(Protocol):
@@ -26,6 +26,10 @@ class VisionConfig(Protocol):
     """Side of a square tile, pixels."""
     hidden_size: int
     """Width D of the features."""
+
+    @property
+    def encoders(self) -> Sequence[VisionTransformerConfig]:
+        """The encoders that it is made of: itself, or several."""
 
     @property
     def num_patches(self) -> int:
@@ -42,13 +46,6 @@ class VisionConfig(Protocol):
         """Make the module. ``megatron_settings`` are the TransformerConfig arguments that come from the layout."""
 
 
-VISION_ENCODERS: dict[str, type] = {
-    "clip": ClipConfig,
-    "dinov2": Dinov2Config,
-    "internvit": InternViTConfig,
-    "siglip": SiglipConfig,
-}
+VISION_ENCODERS: dict[str, type] = {**SINGLE_ENCODERS, "dual": DualConfig}
 
-AnyVisionConfig = Annotated[
-    ClipConfig | Dinov2Config | InternViTConfig | SiglipConfig, pydantic.Field(discriminator="kind")
-]
+AnyVisionConfig = Annotated[SingleVisionConfig | DualConfig, pydantic.Field(discriminator="kind")]

@@ -62,6 +62,7 @@ class ClipConfig(VisionTransformerConfig):
             image_mean=self.image_mean,
             image_std=self.image_std,
             dtype=config.params_dtype,
+            position_side=self.position_side,
         )
         layer = layer_spec(backend, attention_spec(backend, AttnMaskType.no_mask))
         return VisionTransformer(self, config, embedding, layer, backend, has_pre_layernorm=True)

@@ -22,7 +22,7 @@ class Dinov2Config(VisionTransformerConfig):
     """DINOv2: LayerNorms, layer scale on both branches, GELU or (giant) SwiGLU, class token dropped."""
 
     kind: Literal["dinov2"] = "dinov2"
-    pretrained_image_size: pydantic.PositiveInt
+    pretrained_image_size: pydantic.PositiveInt  # type: ignore[assignment]  # never None here
     """Side of the images that the learned positions are of (published: 518); not given: ``image_size``, and the other
     way. Where the two differ, the positions are stretched."""
     gated_linear_unit: bool = False
@@ -51,15 +51,6 @@ class Dinov2Config(VisionTransformerConfig):
             if filled.get(name) is None and other in fields:
                 filled[name] = fields[other]
         return filled
-
-    @pydantic.model_validator(mode="after")
-    def _positions_fit(self) -> "Dinov2Config":
-        if self.pretrained_image_size % self.patch_size:
-            raise ValueError(
-                f"model.vision.pretrained_image_size={self.pretrained_image_size}: is not a multiple of "
-                f"patch_size={self.patch_size}. Change one of them."
-            )
-        return self
 
     @property
     def num_ffn_inputs(self) -> int:
@@ -92,7 +83,7 @@ class Dinov2Config(VisionTransformerConfig):
             image_mean=self.image_mean,
             image_std=self.image_std,
             dtype=config.params_dtype,
-            position_side=self.pretrained_image_size // self.patch_size,
+            position_side=self.position_side,
         )
         attention = attention_spec(backend, AttnMaskType.no_mask, qkv_bias=self.add_qkv_bias)
         residual = ModuleSpec(module=LayerScale, params={"config": config, "scale": self.layer_scale})

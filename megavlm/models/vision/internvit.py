@@ -72,6 +72,7 @@ class InternViTConfig(VisionTransformerConfig):
             image_mean=self.image_mean,
             image_std=self.image_std,
             dtype=config.params_dtype,
+            position_side=self.position_side,
         )
         return VisionTransformer(
             self, config, embedding, self._layer(config, backend), backend, has_pre_layernorm=False

@@ -77,6 +77,7 @@ class SiglipConfig(VisionTransformerConfig):
             image_mean=self.image_mean,
             image_std=self.image_std,
             dtype=config.params_dtype,
+            position_side=self.position_side,
             has_class_token=False,
         )
         return VisionTransformer(

@@ -52,6 +52,9 @@ class VisionTransformerConfig(Config):
     """Give the class token's output as first feature; published models drop it."""
     init_method_std: pydantic.PositiveFloat = 0.02
     """Standard deviation of fresh weights."""
+    pretrained_image_size: pydantic.PositiveInt | None = None
+    """Side of the images that the learned positions are of; None: ``image_size``. Where the two differ, the positions
+    are stretched to the tile's grid (MM1: a ViT of 378 pixels at 672)."""
 
     has_class_token: ClassVar[bool] = True
     """Whether the kind has a class token."""
@@ -72,6 +75,17 @@ class VisionTransformerConfig(Config):
                 f"model.vision.image_size={self.image_size}: is smaller than patch_size={self.patch_size}. "
                 "Change one of them."
             )
+        pretrained_size = self.pretrained_image_size or self.image_size
+        if not self.cuts_tiles and pretrained_size % self.patch_size:
+            raise ValueError(
+                f"model.vision.pretrained_image_size={pretrained_size}: is not a multiple of "
+                f"patch_size={self.patch_size}. Change one of them."
+            )
+        if pretrained_size < self.patch_size:
+            raise ValueError(
+                f"model.vision.pretrained_image_size={pretrained_size}: is smaller than patch_size={self.patch_size}. "
+                "Change one of them."
+            )
         if self.keep_class_token and not self.has_class_token:
             raise ValueError("model.vision.keep_class_token=True: this kind has no class token. Set it to false.")
         if -self.select_layer > self.num_layers:
@@ -85,6 +99,16 @@ class VisionTransformerConfig(Config):
     def num_patches(self) -> int:
         """Features P that one tile gives (the class token counts only where it is kept)."""
         return (self.image_size // self.patch_size) ** 2 + self.keep_class_token
+
+    @property
+    def encoders(self) -> tuple["VisionTransformerConfig", ...]:
+        """The encoders that this kind is made of: itself."""
+        return (self,)
+
+    @property
+    def position_side(self) -> int:
+        """Patches along a side of the grid that the learned positions are of."""
+        return (self.pretrained_image_size or self.image_size) // self.patch_size
 
     @property
     def num_layers_built(self) -> int:

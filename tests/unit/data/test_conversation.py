@@ -104,7 +104,10 @@ def turns(*pairs: tuple[Any, Any], **keys: Any) -> dict[str, Any]:
         (None, "the row is null, not an object"),
         (3, r"the row is a number \(3\), not an object"),
         ({}, r"neither conversations nor messages \(keys: none\)"),
-        ({"text": "a", "id": 1}, r"neither conversations nor messages \(keys: id, text\)"),
+        (
+            {"texte": "a", "id": 1},
+            r"neither conversations nor messages \(keys: id, texte\), nor caption, transcription,",
+        ),
         (chat() | {"messages": []}, "both conversations and messages"),
         ({"conversations": "Hi"}, "conversations is text, not a list"),
         ({"conversations": []}, "conversations is empty"),

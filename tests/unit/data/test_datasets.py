@@ -17,7 +17,7 @@ WriteRows = Callable[..., Path]
 KEY_OF_FIFTH = {"jsonl": "{path}:5", "json": "{path}[4]"}
 
 
-@pytest.fixture(params=list(DATASETS))
+@pytest.fixture(params=list(KEY_OF_FIFTH))  # files of rows; tests/unit/prepare has shards
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 

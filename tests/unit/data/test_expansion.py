@@ -149,7 +149,7 @@ class RecordingTokenizer:
         return [9]
 
     def special_id(self, text: str) -> int | None:
-        return 5
+        return 5 if text.startswith("<|") else None
 
 
 def test_neighbouring_texts_are_encoded_as_one() -> None:

@@ -216,7 +216,7 @@ def test_a_sequence_shorter_than_a_tile(make_processor: MakeProcessor) -> None:
     ("settings", "match"),
     [
         ({"chat_template": "alpaca"}, "unknown template; must be one of chatml, "),
-        ({"tile_tags": "3d"}, "Input should be 'none', '1d', '2d_grid' or '2d_box'"),
+        ({"tile_tags": "3d"}, "Input should be 'none', '1d', '2d_grid', '2d_box', 'index' or 'separators'"),
         ({"tiling": {"kind": "anyres"}}, "does not match any of the expected tags: 'dynamic', 'whole'"),
         ({"seq_length": 1}, "greater than or equal to 2"),
         ({"max_image_pixels": 10**9}, "less than or equal to 178956970"),

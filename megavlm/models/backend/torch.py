@@ -1,33 +1,24 @@
-"""Which implementation of layers a model is built from, as megatron-core layer specs.
+"""The layers that need nothing but torch and megatron-core, on CPUs and GPUs.
 
-``torch`` is the only kind here: megatron-core's own tensor-parallel linear layers, torch's norms, and torch's fused
-scaled-dot-product attention as core attention. Vision encoders and language models both ask this module for their
-layers, so that a second implementation touches one file.
+megatron-core's own tensor-parallel linear layers, torch's norms, and torch's fused attention.
 
 Shape letters: S sequence, N rows of a batch, H heads (of this tensor-parallel rank), G key/value groups, D channels of
 a head.
 """
 
 import contextlib
-import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megavlm.models.backend.blocks import attend_in_blocks, takes_blocks
+from megavlm.models.backend.spec import Backend
 from megavlm.models.kernels import rms_norm, short_attention, takes_short_attention
 from megavlm.models.weights import start_at
 
@@ -62,6 +53,7 @@ class Norm(torch.nn.Module):
 class SDPACoreAttention(torch.nn.Module):
     """Core attention through ``torch.nn.functional.scaled_dot_product_attention``: no materialised scores.
 
+    Packed rows that train on a GPU go through FlexAttention, which skips the blocks that nobody sees.
     ``attention_mask`` follows megatron-core: True means *may not see*. Without a mask, ``attn_mask_type`` decides
     between causal and full attention.
     """
@@ -118,6 +110,8 @@ class SDPACoreAttention(torch.nn.Module):
         if dropout == 0.0 and takes_short_attention(query, key):
             scale = self.softmax_scale or query.shape[-1] ** -0.5
             return short_attention(query, key, value, mask=attention_mask, is_causal=is_causal, scale=scale)
+        if attention_mask is not None and self.training and dropout == 0.0 and takes_blocks(query, attention_mask):
+            return attend_in_blocks(query, key, value, attention_mask, self.softmax_scale)
         with self._dropout_stream(dropout):
             attended = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
@@ -138,98 +132,9 @@ class SDPACoreAttention(torch.nn.Module):
         return tensor_parallel.get_cuda_rng_tracker().fork()
 
 
-@dataclass(frozen=True)
-class Backend:
-    """The layer classes of one implementation, in the signatures that megatron-core builds them by."""
-
-    norm: type[torch.nn.Module]
-    column_parallel_linear: type[torch.nn.Module]
-    row_parallel_linear: type[torch.nn.Module]
-    core_attention: type[torch.nn.Module]
-
-
-BACKENDS: dict[str, Backend] = {
-    "torch": Backend(
-        norm=Norm,
-        column_parallel_linear=ColumnParallelLinear,
-        row_parallel_linear=RowParallelLinear,
-        core_attention=SDPACoreAttention,
-    ),
-}
-
-
-def attention_spec(
-    backend: Backend,
-    attn_mask_type: AttnMaskType,
-    *,
-    qk_norm: ModuleSpec | type[torch.nn.Module] = IdentityOp,
-    qkv_bias: bool | None = None,
-) -> ModuleSpec:
-    """Self-attention.
-
-    Args:
-        backend: where the layers come from.
-        attn_mask_type: ``causal`` for a decoder, ``no_mask`` for a vision encoder (megatron-core's own vision spec says
-            causal, which trains a vision encoder that sees half of the image).
-        qk_norm: norm of queries and keys; built with ``hidden_size`` = channels of a head, called on ``[S, N, H, D]``.
-        qkv_bias: overrides the bias that the transformer config asks for.
-    """
-    linear_qkv: Any = backend.column_parallel_linear
-    if qkv_bias is not None:
-        linear_qkv = functools.partial(_linear_with_bias, linear_qkv, qkv_bias)
-    return ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": attn_mask_type},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=linear_qkv,
-            core_attention=backend.core_attention,
-            linear_proj=backend.row_parallel_linear,
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
-        ),
-    )
-
-
-def mlp_spec(backend: Backend) -> ModuleSpec:
-    """Feed-forward layer: gated or not, by the transformer config."""
-    return ModuleSpec(
-        module=MLP,
-        submodules=MLPSubmodules(linear_fc1=backend.column_parallel_linear, linear_fc2=backend.row_parallel_linear),
-    )
-
-
-def layer_spec(
-    backend: Backend,
-    self_attention: ModuleSpec,
-    *,
-    mlp: ModuleSpec | None = None,
-    residual: Any = get_bias_dropout_add,
-) -> ModuleSpec:
-    """One pre-norm transformer layer.
-
-    Args:
-        backend: where the layers come from.
-        self_attention: see :func:`attention_spec`.
-        mlp: the feed-forward layer; :func:`mlp_spec` by default.
-        residual: what adds a branch to the residual stream (a layer-scale module for some vision encoders).
-    """
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=backend.norm,
-            self_attention=self_attention,
-            self_attn_bda=residual,
-            pre_mlp_layernorm=backend.norm,
-            mlp=mlp or mlp_spec(backend),
-            mlp_bda=residual,
-        ),
-    )
-
-
-def block_spec(backend: Backend, layers: list[ModuleSpec]) -> TransformerBlockSubmodules:
-    """A stack of layers with this backend's norm at its end."""
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=backend.norm)
-
-
-def _linear_with_bias(linear: type[torch.nn.Module], forced_bias: bool, *args: Any, **kwargs: Any) -> torch.nn.Module:
-    return linear(*args, **{**kwargs, "bias": forced_bias})
+TORCH = Backend(
+    norm=Norm,
+    column_parallel_linear=ColumnParallelLinear,
+    row_parallel_linear=RowParallelLinear,
+    core_attention=SDPACoreAttention,
+)

@@ -1,0 +1,77 @@
+"""What a run trains and validates on: its data sets, opened, and what makes batches of them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from megavlm.batch import Batch
+from megavlm.build import Parts
+from megavlm.data import Blend, Dataset, Loader, PackedLoader, Progress, balanced_order, costs_of
+from megavlm.data.config import TrainDataConfig
+from megavlm.recipe import Recipe
+from megavlm.runtime.log import LOGGER
+
+
+def open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
+    """Open training and validation data; rows that cannot be used are told now."""
+
+    def open_one(config: TrainDataConfig) -> Dataset:
+        dataset = config.build()
+        LOGGER.info("%d samples in %s, %d unusable rows left out", len(dataset), config.name, dataset.num_bad_rows)
+        if isinstance(dataset, Blend):
+            shares = ", ".join(f"{name} {100.0 * share:.2f}%" for name, share in dataset.shares().items())
+            LOGGER.info("shares of the samples: %s", shares)
+        for row in dataset.bad_rows:
+            LOGGER.warning("unusable row: %s", row)
+        return dataset
+
+    return open_one(recipe.data.train), open_one(recipe.data.valid) if recipe.data.valid else None
+
+
+def build_training_loader(parts: Parts, dataset: Dataset, progress: Progress | None = None) -> Loader | PackedLoader:
+    """Make the endless loader of training data, packed or not, as the recipe says.
+
+    Args:
+        parts: of the run.
+        dataset: opened.
+        progress: where to begin; None: with the first sample.
+    """
+    recipe = parts.recipe
+    settings: dict[str, Any] = {
+        **_sizes(parts),
+        "seed": recipe.training.seed,
+        "shuffle": recipe.data.shuffle,
+        "num_workers": recipe.data.num_workers,
+        "progress": progress,
+        "timeout_seconds": recipe.data.worker_timeout_seconds,
+    }
+    if recipe.data.packing is not None:
+        return PackedLoader(dataset, parts.processor, recipe.data.packing, **settings)
+    return Loader(dataset, parts.processor, **settings)
+
+
+def build_validation_loader(parts: Parts, dataset: Dataset) -> Loader:
+    """Make the loader of single passes over validation data, one sample in a row."""
+    return Loader(
+        dataset, parts.processor, seed=parts.recipe.training.seed, shuffle=False, endless=False, **_sizes(parts)
+    )
+
+
+def _sizes(parts: Parts) -> dict[str, Any]:
+    training, engine = parts.recipe.training, parts.engine
+    return {
+        "micro_batch_size": training.micro_batch_size,
+        "global_batch_size": training.global_batch_size,
+        "data_parallel_rank": engine.data_parallel_rank,
+        "data_parallel_size": engine.data_parallel_size,
+        "pad_multiple": parts.pad_multiple,
+    }
+
+
+def training_steps(parts: Parts, loader: Loader | PackedLoader) -> Iterator[list[Batch]]:
+    """The micro-batches of each step, in the order in which the pipeline takes them."""
+    balancing = parts.recipe.data.balancing
+    num_stages = parts.recipe.engine.pipeline_model_parallel_size
+    for batches in loader:
+        if balancing is not None:
+            batches = [batches[number] for number in balanced_order(costs_of(batches, balancing), num_stages)]
+        yield batches

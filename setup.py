@@ -30,6 +30,6 @@ setup(
     packages=find_namespace_packages(include=["megavlm", "megavlm.*"]),
     python_requires=">=3.11",
     install_requires=read_requirements("requirements.txt"),
-    extras_require={"dev": read_requirements("requirements-dev.txt")},
+    extras_require={"dev": read_requirements("requirements-dev.txt"), "gpu": read_requirements("requirements-gpu.txt")},
     entry_points={"console_scripts": ["megavlm = megavlm.cli:main"]},
 )

@@ -84,13 +84,3 @@ def test_merging_keeps_the_function_on_every_rank(layout: str, num_layers: int) 
         assert by_lora > 1e-3
         # Worst seen: 2e-7.
         assert by_merging < 2e-6
-
-
-def build_split(tp: int) -> None:
-    build_tiny({"tensor_model_parallel_size": tp}, ("lora",), with_lora(QUERIES_AND_VALUES))
-
-
-def test_shared_groups_are_refused() -> None:
-    assert TINY["language"]["num_query_groups"] == 2
-    with pytest.raises(RuntimeError, match=r"model\.language\.lora: num_query_groups=2 is not a multiple of .*size=4"):
-        run_ranks(build_split, 4, 4)

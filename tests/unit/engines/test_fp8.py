@@ -1,5 +1,6 @@
 """What FP8 asks of recipes, shapes, padding and chips."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pydantic
@@ -8,7 +9,15 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megavlm.engines import MegatronEngineConfig, fp8
-from megavlm.engines.fp8 import Fp8Config, Side, chip_problem, check_sides, padding_share, recipes_of, version_numbers
+from megavlm.engines.fp8 import Fp8Config, check_sides, chip_problem, padding_share, recipes_of, version_numbers
+
+
+@dataclass(frozen=True)
+class Side:
+    part: str
+    name: str
+    size: int
+
 
 ADA, HOPPER, BLACKWELL, RTX_50 = (8, 9), (9, 0), (10, 0), (12, 0)
 ON = {"backend": "transformer_engine", "precision": "fp8"}
@@ -89,12 +98,16 @@ def test_share_that_padding_wastes() -> None:
 def test_illegal_sides_are_all_named_with_their_numbers() -> None:
     sides = [Side("language", "model.language.hidden_size", 72), Side("language", "width of the queries", 64)]
     sides += [Side("vision", "vectors of a tile in model.vision", 1025)]
-    message = r"recipe=tensorwise: each of these must be a multiple of 16:\n  model\.language\.hidden_size is 72 on a rank"
+    message = (
+        r"recipe=tensorwise: each of these must be a multiple of 16:\n  model\.language\.hidden_size is 72 on a rank"
+    )
     with pytest.raises(ValueError, match=message) as error:
         check_sides(Fp8Config(), sides)
     assert "1025" not in str(error.value), "the vision encoder is bf16"
     assert "queries" not in str(error.value)
-    with pytest.raises(ValueError, match=r"vectors of a tile in model\.vision is 1025 on a rank \(engine\.fp8\.vision=fp8"):
+    with pytest.raises(
+        ValueError, match=r"vectors of a tile in model\.vision is 1025 on a rank \(engine\.fp8\.vision=fp8"
+    ):
         check_sides(Fp8Config(vision="fp8"), sides)
     with pytest.raises(ValueError, match=r"a multiple of 32:\n  side is 48"):
         check_sides(Fp8Config(recipe="mxfp8"), [Side("language", "side", 48)])
@@ -122,23 +135,37 @@ def as_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], transfo
     monkeypatch.setattr(fp8.importlib.metadata, "version", lambda name: transformer_engine)
 
 
+def missing_package(name: str) -> str:
+    raise fp8.importlib.metadata.PackageNotFoundError(name)
+
+
 def test_a_machine_that_cannot_is_told_what_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"engine\.fp8\.recipe=tensorwise: there is no CUDA GPU here\. Set engine\.prec"):
+    with pytest.raises(
+        ValueError, match=r"engine\.fp8\.recipe=tensorwise: there is no CUDA GPU here\. Set engine\.prec"
+    ):
         fp8.check_machine(Fp8Config())
     as_gpu(monkeypatch, HOPPER, "2.11.0")
     fp8.check_machine(Fp8Config(recipe="blockwise"))
-    with pytest.raises(ValueError, match=r"recipe=mxfp8: a GPU has .* 9\.0.*Choose one of delayed, tensorwise, blockwise"):
+    with pytest.raises(
+        ValueError, match=r"recipe=mxfp8: a GPU has .* 9\.0.*Choose one of delayed, tensorwise, blockwise"
+    ):
         fp8.check_machine(Fp8Config(recipe="mxfp8"))
     as_gpu(monkeypatch, (8, 0), "2.11.0")
     with pytest.raises(ValueError, match=r"recipe=delayed: .*Set engine\.precision=bf16"):
         fp8.check_machine(Fp8Config(recipe="delayed"))
+    monkeypatch.undo()
+    as_gpu(monkeypatch, HOPPER, "2.11.0")
+    monkeypatch.setattr(fp8.importlib.metadata, "version", missing_package)
+    with pytest.raises(ValueError, match=r"Transformer Engine \(none\) is installed, and 2\.9 is needed\. pip install"):
+        fp8.check_machine(Fp8Config())
     as_gpu(monkeypatch, HOPPER, "2.8.0")
     with pytest.raises(ValueError, match=r"Transformer Engine 2\.8\.0 is installed, and 2\.9 is needed\. pip install"):
         fp8.check_machine(Fp8Config())
 
 
 @pytest.mark.parametrize(
-    ("text", "numbers"), [("2.11.0+c188b53", (2, 11)), ("13.0", (13, 0)), ("2", (2, 0)), ("2.9.0a0", (2, 9)), ("", (0, 0))]
+    ("text", "numbers"),
+    [("2.11.0+c188b53", (2, 11)), ("13.0", (13, 0)), ("2", (2, 0)), ("2.9.0a0", (2, 9)), ("", (0, 0))],
 )
 def test_version_numbers(text: str, numbers: tuple[int, int]) -> None:
     assert version_numbers(text) == numbers
@@ -146,7 +173,9 @@ def test_version_numbers(text: str, numbers: tuple[int, int]) -> None:
 
 def test_fp8_is_switched_off_in_every_config() -> None:
     def config() -> TransformerConfig:
-        return TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=2, fp8="hybrid", fp8_recipe="tensorwise")
+        return TransformerConfig(
+            num_layers=1, hidden_size=16, num_attention_heads=2, fp8="hybrid", fp8_recipe="tensorwise"
+        )
 
     outer, inner = torch.nn.Module(), torch.nn.Module()
     outer.config, inner.config = config(), config()

@@ -10,10 +10,9 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megavlm.models.backend import BACKENDS
-from megavlm.models.connectors import CONNECTORS
 from megavlm.models.connectors.mlp import MLPConnector, MLPConnectorConfig, pixel_shuffle
 from megavlm.models.weights import fill_weights
-from megavlm.runtime import fake_world, process
+from megavlm.runtime import fake_world
 
 SETTINGS: dict[str, Any] = {
     "params_dtype": torch.float32,
@@ -191,14 +190,3 @@ def test_nvlm_sizes(fields: dict[str, Any], hidden_size: int, millions: float) -
     in_matrices = sum(parameter.numel() for parameter in parameters if parameter.ndim == 2)
     assert round(in_matrices / 1e6, 1) == millions
     assert sum(parameter.numel() for parameter in parameters) - in_matrices == 2 * 12800  # the norm
-
-
-def test_every_connector_states_its_tokens() -> None:
-    with process.process():
-        parallel_state.initialize_model_parallel()
-        for kind, config_class in CONNECTORS.items():
-            config = config_class(kind=kind)
-            connector = config.build(WIDTH, HIDDEN, SETTINGS, BACKENDS["torch"])
-            for parameter in connector.parameters():
-                nn.init.normal_(parameter)
-            assert connector(torch.randn(2, 16, WIDTH)).shape == (2, config.tokens_per_tile(16), HIDDEN)

@@ -15,10 +15,10 @@ from megavlm.config import validate
 from megavlm.models.backend import BACKENDS, attention_spec
 from megavlm.models.first_stage import first_stage_config
 from megavlm.models.initialization import initialize_weights
-from megavlm.models.vision import VISION_ENCODERS
 from megavlm.models.vision import clip as clip_module
 from megavlm.models.vision.clip import ClipConfig, quick_gelu
 from megavlm.models.vision.internvit import FullWidthRMSNorm, InternViTConfig
+from megavlm.models.vision.single import SINGLE_ENCODERS
 from megavlm.models.vision.transformer import VisionTransformer
 from megavlm.runtime import process
 from megavlm.runtime.sharding import sharding_metadata
@@ -34,6 +34,7 @@ SHAPE: dict[str, Any] = {
 OWN_FIELDS: dict[str, dict[str, Any]] = {
     "clip": {},
     "dinov2": {"post_layernorm": False},
+    "eva": {"post_layernorm": False},
     "internvit": {"normalization": "RMSNorm", "qk_layernorm": True, "add_qkv_bias": False},
     "siglip": {"post_layernorm": False},
 }
@@ -45,7 +46,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def make_config(kind: str, **changes: Any) -> Any:
-    return VISION_ENCODERS[kind](kind=kind, **{**SHAPE, **OWN_FIELDS[kind], **changes})
+    return SINGLE_ENCODERS[kind](kind=kind, **{**SHAPE, **OWN_FIELDS[kind], **changes})
 
 
 class Model(torch.nn.Module):
@@ -78,7 +79,7 @@ def pixels(num_tiles: int = 2, seed: int = 0) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("kind", VISION_ENCODERS)
+@pytest.mark.parametrize("kind", SINGLE_ENCODERS)
 def test_gives_the_shape_that_the_config_states(kind: str) -> None:
     config = make_config(kind)
     features = build(config)(pixels(3))
@@ -86,7 +87,7 @@ def test_gives_the_shape_that_the_config_states(kind: str) -> None:
     assert config.num_patches == 16
 
 
-@pytest.mark.parametrize("kind", VISION_ENCODERS)
+@pytest.mark.parametrize("kind", SINGLE_ENCODERS)
 def test_bytes_are_normalised_by_the_kinds_mean_and_std(kind: str) -> None:
     config = make_config(kind, image_std=(0.3, 0.25, 0.2))  # SigLIP's own is its mean
     encoder = build(config)
@@ -100,7 +101,7 @@ def test_bytes_are_normalised_by_the_kinds_mean_and_std(kind: str) -> None:
     torch.testing.assert_close(encoder(tiles), encoder(normalised), rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", VISION_ENCODERS)
+@pytest.mark.parametrize("kind", SINGLE_ENCODERS)
 def test_patches_are_those_of_the_convolution(kind: str) -> None:
     config = make_config(kind)
     embedding, first = build(config).embedding, int(config.has_class_token)
@@ -121,7 +122,7 @@ def influence_of_last_patch_on_first(encoder: VisionTransformer) -> float:
         return float((encoder(changed)[0, 0] - encoder(tiles)[0, 0]).abs().max())
 
 
-@pytest.mark.parametrize("kind", VISION_ENCODERS)
+@pytest.mark.parametrize("kind", SINGLE_ENCODERS)
 def test_attention_sees_both_ways(kind: str) -> None:
     assert influence_of_last_patch_on_first(build(make_config(kind))) > 1e-4
 
@@ -134,7 +135,7 @@ def test_causal_attention_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None
     assert influence_of_last_patch_on_first(build(make_config("clip"))) == 0.0
 
 
-@pytest.mark.parametrize("kind", VISION_ENCODERS)
+@pytest.mark.parametrize("kind", SINGLE_ENCODERS)
 def test_select_layer_is_the_output_of_that_layer(kind: str) -> None:
     whole = build(make_config(kind))
     shorter = build(make_config(kind, select_layer=-2))
@@ -147,7 +148,7 @@ def test_select_layer_is_the_output_of_that_layer(kind: str) -> None:
     assert torch.equal(shorter(inputs), outputs[0][int(make_config(kind).has_class_token) :].transpose(0, 1))
 
 
-@pytest.mark.parametrize("kind", [kind for kind, config in VISION_ENCODERS.items() if config.has_class_token])
+@pytest.mark.parametrize("kind", [kind for kind, config in SINGLE_ENCODERS.items() if config.has_class_token])
 def test_class_token_can_be_kept(kind: str) -> None:
     config = make_config(kind, keep_class_token=True)
     features = build(config)(pixels())
@@ -155,7 +156,7 @@ def test_class_token_can_be_kept(kind: str) -> None:
     assert torch.equal(features[:, 1:], build(make_config(kind))(pixels()))
 
 
-@pytest.mark.parametrize("kind", VISION_ENCODERS)
+@pytest.mark.parametrize("kind", SINGLE_ENCODERS)
 def test_bfloat16_stays_near_float32(kind: str) -> None:
     precise = build(make_config(kind))
     rough = build(make_config(kind), params_dtype=torch.bfloat16, bf16=True, pipeline_dtype=torch.bfloat16)
@@ -166,7 +167,7 @@ def test_bfloat16_stays_near_float32(kind: str) -> None:
     assert float((found.float() - expected).abs().max() / expected.abs().max()) < 0.03
 
 
-@pytest.mark.parametrize("kind", VISION_ENCODERS)
+@pytest.mark.parametrize("kind", SINGLE_ENCODERS)
 @pytest.mark.parametrize(
     ("settings"),
     [
@@ -234,13 +235,13 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("kind", VISION_ENCODERS)
+@pytest.mark.parametrize("kind", SINGLE_ENCODERS)
 @pytest.mark.parametrize(("changes", "message"), ERRORS)
 def test_wrong_numbers_are_named(kind: str, changes: dict[str, Any], message: str) -> None:
-    if "patch_size" in changes and VISION_ENCODERS[kind].cuts_tiles:
+    if "patch_size" in changes and SINGLE_ENCODERS[kind].cuts_tiles:
         return  # there it is right: see test_siglip.py
     with pytest.raises(ValueError, match=message):
-        validate({"kind": kind, **SHAPE, **OWN_FIELDS[kind], **changes}, VISION_ENCODERS[kind], source="test")
+        validate({"kind": kind, **SHAPE, **OWN_FIELDS[kind], **changes}, SINGLE_ENCODERS[kind], source="test")
 
 
 def test_a_width_that_does_not_divide_is_named() -> None:
@@ -281,7 +282,7 @@ def is_padded(parameter: torch.nn.Parameter) -> bool:
     return hasattr(parameter, "unpadded_shape")
 
 
-@pytest.mark.parametrize("kind", VISION_ENCODERS)
+@pytest.mark.parametrize("kind", SINGLE_ENCODERS)
 @pytest.mark.parametrize(("saved_at", "loaded_at"), [(1, 4), (4, 1), (2, 4)])
 def test_checkpoint_loads_with_another_number_of_dummy_heads(
     kind: str, saved_at: int, loaded_at: int, tmp_path: Any
@@ -326,7 +327,7 @@ def train_with_dummies(kind: str, tp: int) -> tuple[float, float]:
     return largest, moved
 
 
-@pytest.mark.parametrize("kind", VISION_ENCODERS)
+@pytest.mark.parametrize("kind", SINGLE_ENCODERS)
 def test_dummy_heads_stay_zero_in_training(kind: str) -> None:
     for largest, moved in run_ranks(train_with_dummies, 4, kind, 4):
         assert largest == 0.0

@@ -1,0 +1,1 @@
+"""What this machine has for speed, whether it fits together, and what a recipe will run on."""

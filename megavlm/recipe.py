@@ -14,6 +14,9 @@ from megavlm.data import DataConfig, TokenizerConfig
 from megavlm.engines import AnyEngineConfig, OptimizerSettings
 from megavlm.models.vlm import VLMConfig
 
+Part = Literal["vision", "connector", "cross_attention", "language", "lora"]
+"""As ``megavlm.models.part.PARTS``."""
+
 
 class OptimizerConfig(OptimizerSettings):
     """AdamW and its learning-rate schedule. Names are Megatron-LM's."""
@@ -25,11 +28,40 @@ class OptimizerConfig(OptimizerSettings):
     """Step at which ``min_lr`` is reached; None: the last one."""
 
 
+class LossSpikeConfig(Config):
+    """What to do about a loss far above those before it, or one that is not finite."""
+
+    factor: float = pydantic.Field(2.0, gt=1.0)
+    """A loss is a spike if it is more than so many times the median of the last ``window`` losses."""
+    window: int = pydantic.Field(64, ge=3)
+    """Losses that the median is taken of; spikes count too, so a level that stays high becomes the usual one."""
+    min_losses: int = pydantic.Field(16, ge=1)
+    """Nothing is a spike before so many losses."""
+    action: Literal["warn", "skip", "rewind"] = "warn"
+    """``warn`` says it; ``skip`` also leaves the weights as they are; ``rewind`` puts the run back to its newest
+    checkpoint and goes on with the data that comes next, so that the samples since then are passed over."""
+    max_rewinds: pydantic.PositiveInt = 3
+    """A run that would have to go back once more ends with an error."""
+    rewind_after_nans: pydantic.PositiveInt = 3
+    """With ``rewind``: so many steps in a row whose loss or gradient is not finite also put the run back."""
+
+    @pydantic.model_validator(mode="after")
+    def _window_fills(self) -> "LossSpikeConfig":
+        if self.min_losses > self.window:
+            raise ValueError(
+                f"training.loss_spike.min_losses={self.min_losses}: is above window={self.window}, so nothing would "
+                "ever be a spike. Lower it."
+            )
+        return self
+
+
 class TrainingConfig(Config):
     """One stage of training."""
 
-    trainable: list[Literal["vision", "connector", "cross_attention", "language"]] = pydantic.Field(min_length=1)
+    trainable: list[Part] = pydantic.Field(min_length=1)
     """Parts whose weights change; the others are frozen."""
+    lr_scale: dict[Part, pydantic.PositiveFloat] = {}
+    """Part -> what its learning rate is multiplied by, from warm-up to ``min_lr``; 1 for those that are not named."""
     train_iters: pydantic.PositiveInt
     """Optimizer steps of the whole stage."""
     global_batch_size: pydantic.PositiveInt
@@ -41,6 +73,8 @@ class TrainingConfig(Config):
     optimizer: OptimizerConfig
     eval_interval: pydantic.PositiveInt | None = None
     """Steps between validation losses; None: only at the end, if there is validation data."""
+    loss_spike: LossSpikeConfig | None = None
+    """Watch for spikes of the loss; None: do not. Steps whose gradients are not finite are always skipped."""
     exit_duration_in_mins: pydantic.PositiveFloat | None = None
     """Save and stop after this long; the run can be resumed."""
 
@@ -98,6 +132,9 @@ class Recipe(Config):
                 "tile. Raise seq_length, or let the connector give fewer tokens."
             )
         self._check_cross_attention_trains()
+        self._check_lora_trains()
+        self._check_scaled_parts_train()
+        self._check_rewind_finds_checkpoints()
         optimizer = self.training.optimizer
         if optimizer.min_lr > optimizer.lr:
             raise ValueError(f"training.optimizer.min_lr={optimizer.min_lr}: is above lr={optimizer.lr}. Lower it.")
@@ -107,6 +144,40 @@ class Recipe(Config):
                 f"decay ends at step {optimizer.lr_decay_iters or self.training.train_iters}. Shorten it."
             )
         return self
+
+    def _check_rewind_finds_checkpoints(self) -> None:
+        spike, interval = self.training.loss_spike, self.checkpoint.save_interval
+        if spike is not None and spike.action == "rewind" and interval is None:
+            raise ValueError(
+                "training.loss_spike.action='rewind': checkpoint.save_interval is not set, so there would be no "
+                f"checkpoint to go back to in {self.training.train_iters} steps. Set it, or choose skip or warn."
+            )
+
+    def _check_lora_trains(self) -> None:
+        trainable, lora = self.training.trainable, self.model.language.lora
+        if "lora" in trainable and lora is None:
+            raise ValueError(
+                f"training.trainable={trainable}: model.language.lora is not given, so there is no LoRA to train. Give "
+                "it, or leave lora out."
+            )
+        if lora is not None and "lora" not in trainable and not self.checkpoint.pretrained_checkpoints:
+            raise ValueError(
+                f"training.trainable={trainable}: LoRA starts at zero and would stay so. Add lora, or start from "
+                "trained weights (checkpoint.pretrained_checkpoint)."
+            )
+
+    def _check_scaled_parts_train(self) -> None:
+        training = self.training
+        if frozen := sorted(training.lr_scale.keys() - set(training.trainable)):
+            raise ValueError(
+                f"training.lr_scale={training.lr_scale}: names {', '.join(frozen)}, and "
+                f"training.trainable={training.trainable}. Train the part, or leave it out."
+            )
+        if training.lr_scale and self.engine.kind != "megatron":
+            raise ValueError(
+                f"training.lr_scale={training.lr_scale}: engine.kind={self.engine.kind!r} has one learning rate. Leave "
+                "it out, or use megatron."
+            )
 
     def _check_cross_attention_trains(self) -> None:
         trainable, kind = self.training.trainable, self.model.fusion.kind

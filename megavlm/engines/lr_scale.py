@@ -29,9 +29,10 @@ def config_overrides(
     overrides = dict(get_standard_config_overrides(config))
     for scale in sorted({lr_scale(parameter) for parameter in parameters} - {1.0}):
         matches = ParamPredicate(name=f"lr_scale={scale!r}", fn=functools.partial(_has_scale, scale))
-        # The scheduler reads max_lr and min_lr. lr_mult does nothing but tell groups apart: a checkpoint knows them by
-        # it and would give two groups that differ in max_lr alone the state of one.
-        override = {"max_lr": config.lr * scale, "min_lr": config.min_lr * scale, "lr_mult": scale}
+        # The scheduler reads max_lr and min_lr and sets lr, which counts where there is none. lr_mult does nothing but
+        # tell groups apart: a checkpoint knows them by it and would give groups that differ in max_lr alone one state.
+        lr, min_lr = config.lr * scale, config.min_lr * scale
+        override = {"lr": lr, "max_lr": lr, "min_lr": min_lr, "lr_mult": scale}
         overrides[ParamKey(predicate=matches)] = override  # type: ignore[assignment]
     return overrides
 

@@ -17,15 +17,15 @@ capacity, as many tokens count as there is room for: how many are dropped below 
 
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from megavlm.batch import Batch
-from megavlm.models.connectors import AnyConnectorConfig
+from megavlm.models.connectors import AnyConnectorConfig, FeatureShape
 from megavlm.models.language import LanguageConfig
 from megavlm.models.moe import MoEConfig
 from megavlm.models.part import PARTS
-from megavlm.models.vision import AnyVisionConfig
+from megavlm.models.vision.transformer import VisionTransformerConfig
 from megavlm.models.vlm import VLMConfig, model_vocab_size
 from megavlm.planning.experts import expert_width
 
@@ -34,7 +34,7 @@ from megavlm.planning.experts import expert_width
 class Flops:
     """Floating-point operations per part: ``vision``, ``connector``, ``cross_attention``, ``language``.
 
-    A part that does nothing has no entry, and reads as 0.
+    LoRA counts as ``language``. A part that does nothing has no entry, and reads as 0.
     """
 
     forward: Counter[str]
@@ -83,11 +83,11 @@ def count_flops(model: VLMConfig, batch: Batch, *, vocab_size: int, trainable: C
     context = _context_needs(walk, model, batch, features)
     crossed, with_experts = model.cross_attention_layers, model.language.layers_with_experts
     for layer in range(model.language.num_layers):
-        hidden_states = _walk_self_attention(walk, model.language, batch, hidden_states)
+        hidden_states = _walk_self_attention(walk, model.language, layer, batch, hidden_states)
         if layer in crossed:
             hidden_states = _walk_cross_attention(walk, model.language, batch, hidden_states, context)
         moe = model.language.moe if layer in with_experts else None
-        hidden_states = _walk_feed_forward(walk, model.language, moe, batch, hidden_states)
+        hidden_states = _walk_feed_forward(walk, model.language, layer, moe, batch, hidden_states)
     divisor = model.language.make_vocab_size_divisible_by
     padded_vocab_size = -(-model_vocab_size(model.language, vocab_size) // divisor) * divisor
     num_trained = max(1, int(batch.loss_mask.count_nonzero()))  # as LanguageModel.token_losses
@@ -124,16 +124,40 @@ class _Walk:
         return not self.trainable.isdisjoint(parts)
 
     def linear(
-        self, part: str, num_vectors: int, input_size: int, output_size: int, needs_input: bool, *, inside: str = ""
+        self,
+        part: str,
+        num_vectors: int,
+        input_size: int,
+        output_size: int,
+        needs_input: bool,
+        *,
+        inside: str = "",
+        weight_of: str = "",
     ) -> bool:
-        """A weight matrix: one product forward, one for each gradient. Return whether the output needs a gradient."""
+        """A weight matrix: one product forward, one for each gradient. Return whether the output needs a gradient.
+
+        The weight trains with its part, or with another (``weight_of``) that is counted with this one.
+        """
         product = 2 * num_vectors * input_size * output_size
-        num_gradients = self.trains(part) + needs_input
+        weight_trains = self.trains(weight_of or part)
+        num_gradients = weight_trains + needs_input
         self.forward[part] += product
         self.backward[part] += product * num_gradients
         if inside:
             self.inside[inside] += product * (1 + num_gradients)
-        return self.trains(part) or needs_input
+        return weight_trains or needs_input
+
+    def lora(
+        self, config: LanguageConfig, layer: int, widths: Mapping[str, tuple[int, int]], num_vectors: int, needs: bool
+    ) -> bool:
+        """LoRA of projections with these widths in and out. Return whether what it adds needs a gradient."""
+        added = False
+        for projection, (input_size, output_size) in widths.items():
+            if config.lora is not None and config.lora.adapts(layer, projection):
+                rank = config.lora.r
+                inner = self.linear("language", num_vectors, input_size, rank, needs, weight_of="lora")
+                added |= self.linear("language", num_vectors, rank, output_size, inner, weight_of="lora")
+        return added
 
     def attention(self, part: str, num_scores: int, width: int, needs_query: bool, needs_key_value: bool) -> bool:
         """Scores and weighted values of all heads (``width`` channels together). Return as :meth:`linear`."""
@@ -145,6 +169,23 @@ class _Walk:
         return needs_scores
 
 
+class _ConnectorWalk:
+    """The walk as a connector sees it (:class:`megavlm.models.connectors.Products`)."""
+
+    def __init__(self, walk: _Walk) -> None:
+        self._walk = walk
+
+    @property
+    def trains(self) -> bool:
+        return self._walk.trains("connector")
+
+    def linear(self, num_vectors: int, input_size: int, output_size: int, needs_input: bool) -> bool:
+        return self._walk.linear("connector", num_vectors, input_size, output_size, needs_input)
+
+    def attention(self, num_scores: int, width: int, needs_query: bool, needs_key_value: bool) -> bool:
+        return self._walk.attention("connector", num_scores, width, needs_query, needs_key_value)
+
+
 def _walk_features(walk: _Walk, model: VLMConfig, batch: Batch) -> bool:
     """Tiles through vision encoder and connector. A text-only batch sends a blank one through the parts that train."""
     num_tiles = batch.tiles.shape[0]
@@ -152,11 +193,11 @@ def _walk_features(walk: _Walk, model: VLMConfig, batch: Batch) -> bool:
         return False
     features = False
     if num_tiles > 0 or walk.trains("vision"):
-        features = _walk_vision(walk, model.vision, max(1, num_tiles))
+        features = [_walk_vision(walk, encoder, max(1, num_tiles)) for encoder in model.vision.encoders][-1]
     return _walk_connector(walk, model, max(1, num_tiles), features)
 
 
-def _walk_vision(walk: _Walk, config: AnyVisionConfig, num_tiles: int) -> bool:
+def _walk_vision(walk: _Walk, config: VisionTransformerConfig, num_tiles: int) -> bool:
     num_patches = (config.image_size // config.patch_size) ** 2
     # the class token goes through the layers even where its feature is dropped
     num_positions = num_patches + config.has_class_token
@@ -174,16 +215,9 @@ def _walk_vision(walk: _Walk, config: AnyVisionConfig, num_tiles: int) -> bool:
 
 def _walk_connector(walk: _Walk, model: VLMConfig, num_tiles: int, features: bool) -> bool:
     config: AnyConnectorConfig = model.connector
-    num_tokens = config.tokens_per_tile(model.vision.num_patches)
-    input_size = model.vision.hidden_size * model.vision.num_patches // num_tokens  # of shuffled patches
-    output_size = model.language.hidden_size
-    num_vectors = num_tiles * num_tokens
-    needs = features or (config.layernorm and walk.trains("connector"))
-    if config.num_layers == 1:
-        return walk.linear("connector", num_vectors, input_size, output_size, needs)
-    inner_size = config.ffn_hidden_size or output_size
-    inner = walk.linear("connector", num_vectors, input_size, inner_size, needs)
-    return walk.linear("connector", num_vectors, inner_size, output_size, inner)
+    vision = model.vision
+    shape = FeatureShape(num_tiles, vision.num_patches, vision.hidden_size, model.language.hidden_size)
+    return config.count_products(_ConnectorWalk(walk), shape, features)
 
 
 def _context_needs(walk: _Walk, model: VLMConfig, batch: Batch, features: bool) -> bool:
@@ -193,14 +227,18 @@ def _context_needs(walk: _Walk, model: VLMConfig, batch: Batch, features: bool) 
     return walk.trains("cross_attention") or (has_tiles and (features or (has_tags and walk.trains("language"))))
 
 
-def _walk_self_attention(walk: _Walk, config: LanguageConfig, batch: Batch, hidden_states: bool) -> bool:
+def _walk_self_attention(walk: _Walk, config: LanguageConfig, layer: int, batch: Batch, hidden_states: bool) -> bool:
     num_rows, row_length = batch.tokens.shape
     num_vectors, width = num_rows * row_length, config.hidden_size
     query_width, key_value_width = _head_widths(config)
     needs = hidden_states or walk.trains("language")  # from the norm on
-    walk.linear("language", num_vectors, width, query_width + key_value_width, needs)
+    key_width = key_value_width // 2
+    inputs = {"q_proj": (width, query_width), "k_proj": (width, key_width), "v_proj": (width, key_width)}
+    added = walk.lora(config, layer, inputs, num_vectors, needs)
+    needs = walk.linear("language", num_vectors, width, query_width + key_value_width, needs) or added
     walk.attention("language", num_rows * row_length**2, query_width, needs, needs)
-    return walk.linear("language", num_vectors, query_width, width, needs)
+    added = walk.lora(config, layer, {"o_proj": (query_width, width)}, num_vectors, needs)
+    return walk.linear("language", num_vectors, query_width, width, needs) or added
 
 
 def _walk_cross_attention(
@@ -219,7 +257,7 @@ def _walk_cross_attention(
 
 
 def _walk_feed_forward(
-    walk: _Walk, config: LanguageConfig, moe: MoEConfig | None, batch: Batch, hidden_states: bool
+    walk: _Walk, config: LanguageConfig, layer: int, moe: MoEConfig | None, batch: Batch, hidden_states: bool
 ) -> bool:
     """Feed-forward layer of a decoder layer; ``moe`` where it has experts."""
     num_vectors, width, inner_size, inside = batch.tokens.numel(), config.hidden_size, config.ffn_hidden_size, ""
@@ -227,8 +265,13 @@ def _walk_feed_forward(
     if moe is not None:
         walk.linear("language", num_vectors, width, moe.num_moe_experts, needs, inside="router")
         num_vectors, inner_size, inside = _rows_of_experts(moe, num_vectors), expert_width(config), "experts"
-    walk.linear("language", num_vectors, width, 2 * inner_size, needs, inside=inside)  # gate and value of SwiGLU
-    return walk.linear("language", num_vectors, inner_size, width, needs, inside=inside)
+    added = walk.lora(
+        config, layer, {"gate_proj": (width, inner_size), "up_proj": (width, inner_size)}, num_vectors, needs
+    )
+    # gate and value of SwiGLU
+    needs = walk.linear("language", num_vectors, width, 2 * inner_size, needs, inside=inside) or added
+    added = walk.lora(config, layer, {"down_proj": (inner_size, width)}, num_vectors, needs)
+    return walk.linear("language", num_vectors, inner_size, width, needs, inside=inside) or added
 
 
 def _rows_of_experts(moe: MoEConfig, num_tokens: int) -> int:

@@ -11,13 +11,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megavlm.batch import Batch
 from megavlm.build import Parts, build_parts
 from megavlm.checkpoint import RunFolder, find_checkpoint, load_checkpoint
-from megavlm.config import save_recipe
+from megavlm.config import save_recipe, validate
 from megavlm.data import LaneProgress, Loader, PackedLoader, Progress
 from megavlm.engines import MegatronEngine, StepResult
 from megavlm.engines.feed import Feed, is_reader
 from megavlm.engines.lockstep import check_lockstep
 from megavlm.models.initialization import initialize_weights
 from megavlm.models.part import PARTS, part_of
+from megavlm.models.vlm import VLMConfig
 from megavlm.models.weights import count_parameters
 from megavlm.recipe import Recipe
 from megavlm.runtime.activity import ACTIVITY, Phase
@@ -277,11 +278,12 @@ def _check_same_model(recipe: Recipe, checkpoint: Path) -> None:
     Raises:
         ValueError: the recipe describes another model than the checkpoint's.
     """
-    saved = yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
-    for name, now in recipe.model_dump(mode="json")["model"].items():
-        before = saved["model"].get(name)
+    saved = yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))["model"]
+    before_by_name = validate(saved, VLMConfig, str(checkpoint / "recipe.yaml")).model_dump(mode="json")  # with defaults
+    for name, now in recipe.model.model_dump(mode="json").items():
+        before = before_by_name[name]
         if before != now:
-            changed = [key for key in now if before is None or before.get(key) != now[key]]
+            changed = [key for key in now if before.get(key) != now[key]]
             raise ValueError(
                 f"checkpoint.save={recipe.checkpoint.save}: holds a run of another model: model.{name} differs in "
                 f"{', '.join(changed)}. Give this run another folder, or remove the old one."

@@ -202,11 +202,9 @@ def skipped(config: dict[str, Any]) -> list[Any]:
     the second step proper."""
     engine, chunk = build(config, "D", ALL_PARTS)
     results = [step(engine, chunk, 0), step(engine, chunk, 5, accept=lambda loss: False)]
-    bias = chunk.connector.norm.weight
     batches = mixed_batches(1, chunk.route)
     batches = batches[engine.data_parallel_rank :: engine.data_parallel_size]
     handle = chunk.connector.register_forward_hook(lambda module, inputs, output: output * float("inf"))
-    del bias
     results.append(engine.train_step(batches))
     handle.remove()
     masks = [batch.loss_mask.clone() for batch in batches]

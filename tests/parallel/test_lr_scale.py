@@ -32,10 +32,7 @@ def largest_steps(engine_config: dict[str, Any], scales: dict[str, float]) -> di
     """On ranks: train once; return the largest change of each part. Adam's first step is the learning rate."""
     engine, chunks = build(engine_config, scales)
     before = {name: weight.detach().clone() for chunk in chunks for name, weight in chunk.named_parameters()}
-    batches = (
-        mixed_batches(0)[:2] if engine.data_parallel_size == 1 else mixed_batches(0)[engine.data_parallel_rank :: 2]
-    )
-    engine.train_step(batches)
+    engine.train_step(mixed_batches(0)[engine.data_parallel_rank :: engine.data_parallel_size])
     changes: dict[str, float] = {}
     for chunk in chunks:
         for name, weight in chunk.named_parameters():

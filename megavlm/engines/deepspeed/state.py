@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megavlm.runtime.sharding import sharding_metadata
 
-MOMENTS = ("fp32_param", "exp_avg", "exp_avg_sq")
+MOMENTS = ("param", "exp_avg", "exp_avg_sq")
 """What the optimizer keeps of each parameter, by megatron-core's names."""
 
 Sharded = ShardedTensor | ShardedTensorFactory

@@ -124,16 +124,16 @@ class Zero:
             return parameter.detach().clone()
 
     def gather_state(self, parameter: torch.nn.Parameter, name: str) -> Tensor:
-        """The whole ``fp32_param``, ``exp_avg`` or ``exp_avg_sq`` of a parameter that trains, float32."""
+        """The whole ``param``, ``exp_avg`` or ``exp_avg_sq`` of a parameter that trains, float32."""
         utils = self._deepspeed.utils
         with _quiet():
-            if name == "fp32_param":
+            if name == "param":
                 return utils.safe_get_full_fp32_param(parameter)
             return utils.safe_get_full_optimizer_state(parameter, name)
 
     def set_state(self, parameter: torch.nn.Parameter, name: str, value: Tensor) -> None:
         """Set what :meth:`gather_state` gathers; each rank keeps its share of ``value``."""
-        utils, is_weight = self._deepspeed.utils, name == "fp32_param"
+        utils, is_weight = self._deepspeed.utils, name == "param"
         if self._config.zero_stage < 3:
             value = value.to(parameter.device)
             if is_weight:

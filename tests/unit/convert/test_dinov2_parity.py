@@ -70,7 +70,7 @@ def in_files_names(model: Dinov2Model, tensors: dict[str, Tensor]) -> dict[str, 
     return dict(revert_weight_conversion(model, tensors))
 
 
-# Worst seen: features 1.3e-6, gradient of tiles 1.0e-6, gradients of weights 2.2e-6.
+# Worst seen: features 1.2e-6, gradient of tiles 4.7e-7, gradients of weights 1.5e-6.
 TOLERANCE = 1e-5
 
 

@@ -400,6 +400,11 @@ def test_a_model_of_words_has_no_counterpart(tmp_path: Path, caplog: pytest.LogC
 def test_a_language_model_alone_gets_no_processor(tokenizer_trees: dict[str, Any], tmp_path: Path) -> None:
     recipe = make_recipe(tokenizer_trees["byte_bpe"])
     built = recipe.tokenizer.build()
+    encoder = recipe.model.vision.model_dump()
+    two = recipe.model_dump() | {
+        "model": recipe.model.model_dump() | {"vision": {"kind": "dual", "encoders": [encoder, encoder]}}
+    }
+    write_processor(tmp_path, Recipe.model_validate(two), built, ("language",))
     write_processor(tmp_path, recipe, built, ("language",))
     assert not {"processor_config.json", "preprocessor_config.json"} & {path.name for path in tmp_path.iterdir()}
     found = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(

@@ -6,19 +6,20 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
-from tiny_vlm import IMAGE_TOKEN_ID, TINY, VOCAB_SIZE, make_batch
+from tiny_vlm import IMAGE_TOKEN_ID, TINY, VOCAB_SIZE, X, make_batch
 from torch import Tensor
 
 from megavlm.engines import MegatronEngineConfig
 from megavlm.models.initialization import initialize_weights
 from megavlm.models.language import LanguageConfig
-from megavlm.models.lora import PROJECTIONS, FusedRows, LoraConfig, merge_lora
+from megavlm.models.lora import PROJECTIONS, FusedRows, LoraConfig, LoraLinear, merge_lora
 from megavlm.models.part import part_of
 from megavlm.models.vlm import VLM, VLMConfig
 from megavlm.models.weights import count_parameters
 from megavlm.runtime import process
 
 LANGUAGE = TINY["language"]
+MOE = {"moe": {"num_moe_experts": 4, "moe_layer_freq": 2}}
 
 
 @pytest.fixture
@@ -91,6 +92,16 @@ def test_each_projection_is_moved_alone(projection: str) -> None:
     assert (pair.b == 0).all()
 
 
+@pytest.mark.usefixtures("_one_rank")
+def test_layers_with_cross_attention_or_experts_are_adapted_too() -> None:
+    for model in (X, {**TINY, "language": {**LANGUAGE, **MOE}}):
+        config = VLMConfig.model_validate({**model, "language": {**model["language"], "lora": {}}})
+        settings = MegatronEngineConfig().megatron_settings()
+        built = VLM(config, settings, vocab_size=VOCAB_SIZE, image_token_id=IMAGE_TOKEN_ID)
+        names = [name for name, module in built.named_modules() if isinstance(module, LoraLinear)]
+        assert names == [f"language.decoder.layers.{layer}.self_attention.linear_qkv" for layer in range(4)]
+
+
 def test_fused_rows_are_zero_where_nothing_is_adapted() -> None:
     rows = FusedRows(2, {"q_proj": 2, "k_proj": 1, "v_proj": 1})
     fused = rows.fuse({"q_proj": torch.tensor([[1.0, 2, 3, 4]]), "v_proj": torch.tensor([[5.0, 6]])})
@@ -122,9 +133,6 @@ def test_defaults_are_mplug_owls() -> None:
     assert (lora.r, lora.lora_alpha, lora.scale, lora.target_modules) == (8, 32, 4.0, ["q_proj", "v_proj"])
 
 
-MOE = {"moe": {"num_moe_experts": 4, "moe_layer_freq": 2}}
-
-
 @pytest.mark.parametrize(
     ("fields", "language", "message"),
     [
@@ -132,6 +140,7 @@ MOE = {"moe": {"num_moe_experts": 4, "moe_layer_freq": 2}}
         ({"target_modules": []}, {}, r"target_modules"),
         ({"target_modules": ["q_proj", "q_proj"]}, {}, r"target_modules=.*: names q_proj twice"),
         ({"layers_to_transform": [1, 2, 1]}, {}, r"layers_to_transform=\[1, 2, 1\]: names 1 twice"),
+        ({"layers_to_transform": []}, {}, r"layers_to_transform"),
         ({"layers_to_transform": [4]}, {}, r"layers_to_transform=\[4\]: names layer 4, and .*num_layers=4"),
         ({"target_modules": ["up_proj"]}, MOE, r"target_modules=\['up_proj'\]: layer 0 has experts, whose up_proj"),
         ({"r": 0}, {}, r"lora\.r\s+Input should be greater than 0"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from small_connectors import SMALL_CONNECTORS, small_model
 from tiny_vlm import IMAGE_TOKEN_ID, TINY, VOCAB_SIZE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -61,6 +62,7 @@ MODELS: dict[str, dict[str, Any]] = {  # beside TINY: InternViT, a connector of 
         },
     },
 }
+MODELS |= {f"connector {kind}": small_model(kind, TINY) for kind in SMALL_CONNECTORS}
 EXPERTS: dict[str, dict[str, Any]] = {
     "every layer": {"num_moe_experts": 4},
     "every second layer, top 3, narrow experts": {
@@ -87,7 +89,16 @@ FUSIONS: dict[str, dict[str, Any]] = {
     "cross_attention": {"every_n_layers": 2, "first_layer": 1},
     "hybrid": {"every_n_layers": 3, "tag_integration": "concatenate"},
 }
-FREEZINGS = [parts for size in range(1, len(PARTS) + 1) for parts in itertools.combinations(PARTS, size)]
+DENSE_PARTS = [part for part in PARTS if part != "lora"]
+FREEZINGS = [parts for size in range(1, len(DENSE_PARTS) + 1) for parts in itertools.combinations(DENSE_PARTS, size)]
+LORAS: dict[str, dict[str, Any]] = {
+    "queries and values": {"r": 3},
+    "everything": {
+        "r": 2,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    },
+    "last layer": {"r": 5, "target_modules": ["o_proj", "down_proj"], "layers_to_transform": [3]},
+}
 TILE_TOKENS, TAG_TOKENS = 4, 2
 
 
@@ -282,6 +293,14 @@ def test_counts_what_runs_in_experts(experts: str, batch: str) -> None:
     for trainable in FREEZINGS:
         if "cross_attention" not in trainable:
             check(config, BATCHES[batch](TileRoute()), trainable)
+
+
+@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.parametrize("lora", LORAS)
+def test_counts_what_runs_in_lora(lora: str) -> None:
+    config = VLMConfig.model_validate({**TINY, "language": {**TINY["language"], "lora": LORAS[lora]}})
+    for trainable in [["lora"], ["lora", "connector"], ["lora", "language"], ["connector"], ["language"]]:
+        check(config, BATCHES["images"](TileRoute()), trainable)
 
 
 @pytest.mark.usefixtures("_one_rank")

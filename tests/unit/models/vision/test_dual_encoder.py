@@ -7,13 +7,15 @@ import pydantic
 import pytest
 import torch
 from megatron.core import parallel_state
+from tiny_vlm import TINY
 
 from megavlm.models.backend import BACKENDS
 from megavlm.models.initialization import initialize_weights
-from megavlm.models.products import positions_per_tile
+from megavlm.models.products import product_sides
 from megavlm.models.vision import VISION_ENCODERS, AnyVisionConfig
 from megavlm.models.vision.dual import DualConfig, DualEncoder
 from megavlm.models.vision.single import SINGLE_ENCODERS
+from megavlm.models.vlm import VLMConfig
 from megavlm.runtime import process
 
 SETTINGS: dict[str, Any] = {
@@ -94,10 +96,11 @@ def test_each_encoder_is_drawn_by_its_own_numbers() -> None:
     assert {key.split(".")[2] for key in keys} == {"0", "1"}
 
 
-def test_fp8_must_fit_all_encoders() -> None:
-    # 17 positions with a class token, 16 without: only a multiple of 1 divides both
-    assert positions_per_tile(config_of(CLIP, SIGLIP)) == 1
-    assert positions_per_tile(config_of(SIGLIP, SIGLIP)) == 16
+def test_every_encoder_has_sides_of_products() -> None:
+    connector = {"kind": "linear"}
+    model = VLMConfig.model_validate({**TINY, "vision": config_of(CLIP, SIGLIP).model_dump(), "connector": connector})
+    sides = {side.size for side in product_sides(model, 1) if side.name == "vectors of a tile in model.vision"}
+    assert sides == {17, 16}  # with a class token and without
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ block runs, in this process alone.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from torch.distributed import ProcessGroup, Work
 
 from megavlm.benchmark.mark import mark_gradients
 from megavlm.benchmark.timeline import OTHER, Timeline
+from megavlm.engines import MegatronEngine
 from megavlm.models.part import part_of
 from megavlm.runtime.activity import ACTIVITY, Phase
 
@@ -83,24 +84,26 @@ version does not have is left out. All functions of ``torch.distributed`` end in
 
 
 @contextlib.contextmanager
-def label_steps(chunks: Sequence[torch.nn.Module], timeline: Timeline) -> Iterator[None]:
+def label_steps(engine: MegatronEngine, timeline: Timeline) -> Iterator[None]:
     """Switch the timeline's label as the steps within the block go on.
 
     :meth:`megavlm.benchmark.trial.Trial.step` starts and stops the timeline, and labels the wait for its data.
 
     Args:
-        chunks: this rank's model chunks (:class:`megavlm.models.vlm.VLM`).
+        engine: with its wrapped model chunks (:class:`megavlm.models.vlm.VLM`).
         timeline: of this rank.
     """
     with contextlib.ExitStack() as stack:
-        for chunk in chunks:
-            _replace(stack, chunk, "forward", functools.partial(_forward_only, timeline, "language"))
+        for chunk in engine.chunks:
+            _replace(stack, chunk, "forward", functools.partial(_throughout, timeline, "language"))
             for name, module in chunk.named_modules():
                 label = _label_of(name, module)
                 if label is not None:
                     _replace(stack, module, "forward", functools.partial(_both_ways, timeline, label))
-        _replace(stack, schedules, "backward_step", functools.partial(_forward_only, timeline, "language"))
-        _replace(stack, P2PCommunicator, "_communicate", functools.partial(_forward_only, timeline, PIPELINE))
+        _replace(stack, schedules, "backward_step", functools.partial(_throughout, timeline, "language"))
+        if hasattr(engine, "_backward"):  # an engine that does without megatron-core's schedules
+            _replace(stack, engine, "_backward", functools.partial(_throughout, timeline, "language"))
+        _replace(stack, P2PCommunicator, "_communicate", functools.partial(_throughout, timeline, PIPELINE))
         for name in _COLLECTIVES:
             if hasattr(ProcessGroup, name):
                 _replace(stack, ProcessGroup, name, functools.partial(_communicating, timeline))
@@ -134,7 +137,7 @@ def _replace(stack: contextlib.ExitStack, owner: Any, name: str, wrap: Callable[
     stack.callback(restore)
 
 
-def _forward_only(timeline: Timeline, label: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _throughout(timeline: Timeline, label: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*arguments: Any, **options: Any) -> Any:
         with timeline.during(label):

@@ -43,17 +43,23 @@ def run_command(name: str, arguments: Sequence[str], output: Path | None) -> Non
     run_process(name, [sys.executable, "-m", "megavlm", *arguments], output)
 
 
-def run_process(name: str, command: Sequence[str], output: Path | None, *, limit_seconds: float | None = None) -> None:
+def run_process(
+    name: str,
+    command: Sequence[str],
+    output: Path | None,
+    *,
+    limit_seconds: float | None = None,
+    has_to_save: bool = True,
+) -> None:
     """Run a command to its end.
-
-    A signal that asks to stop lets the child save what it has: SIGINT reaches it from the terminal, others are passed
-    on to it.
 
     Args:
         name: of the run, in errors.
         command: and its arguments.
         output: file that its output is added to; None: it goes where ours goes.
         limit_seconds: after which it is ended, with all that it started; None: never.
+        has_to_save: whether a signal that asks to stop lets the child save what it has, and end by itself: SIGINT
+            reaches it from the terminal, others are passed on to it. Else it is ended.
 
     Raises:
         RunError: it failed, or was asked to stop.
@@ -66,7 +72,7 @@ def run_process(name: str, command: Sequence[str], output: Path | None, *, limit
             file = stack.enter_context(output.open("ab"))
         stop = stack.enter_context(stop_on_signals())  # before there is a child to tell
         child = _start(command, file)
-        is_late = _wait(child, stop, limit_seconds)
+        is_late = _wait(child, stop, limit_seconds, has_to_save)
     if stop:
         number = signal.Signals[stop.name or "SIGTERM"].value
         message = f"{name}: stopped by {stop.name}. The same command goes on with it."
@@ -85,12 +91,14 @@ def _start(command: Sequence[str], output: BinaryIO | None) -> subprocess.Popen[
     return subprocess.Popen(command, stdout=output, stderr=errors, env=environment)
 
 
-def _wait(child: subprocess.Popen[bytes], stop: StopRequest, limit_seconds: float | None) -> bool:
+def _wait(child: subprocess.Popen[bytes], stop: StopRequest, limit_seconds: float | None, has_to_save: bool) -> bool:
     """Wait for its end, and return whether it had to be ended because it took too long."""
     deadline = None if limit_seconds is None else time.monotonic() + limit_seconds
     is_told = False
     while child.poll() is None:
-        if stop and stop.name != "SIGINT" and not is_told:
+        if stop and not has_to_save:
+            _end(child)
+        elif stop and stop.name != "SIGINT" and not is_told:
             child.send_signal(signal.Signals[stop.name or "SIGTERM"])
             is_told = True
         if deadline is not None and time.monotonic() > deadline:
@@ -115,7 +123,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _kill(number: int) -> None:
-    """Kill a process that was one of ours; its number may belong to another by now, which is no child of it then."""
+    """Kill a process that was started from here. Its number may belong to another by now, which has no such mark."""
     with contextlib.suppress(OSError):
         environment = Path(f"/proc/{number}/environ").read_bytes()
         if f"{_MARK}={os.getpid()}".encode() in environment.split(b"\0"):

@@ -128,7 +128,7 @@ def _divide_steps(trial: Trial, num_steps: int) -> torch.Tensor:
     """Seconds of a step by label, ``[ranks, labels]`` float64: means of some steps."""
     timeline = Timeline(trial.engine.device)
     total: Counter[str] = Counter()
-    with label_steps(trial.engine.chunks, timeline):
+    with label_steps(trial.engine, timeline):
         for _ in range(num_steps):
             total.update(trial.step(timeline).label_seconds)
     return _of_ranks([total[label] / num_steps for label in LABELS], trial.engine.device)

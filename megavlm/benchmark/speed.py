@@ -179,7 +179,10 @@ def _agree(engine: MegatronEngine, steps: Sequence[TimedStep]) -> list[TimedStep
     torch.distributed.broadcast(numbers, src=0)
     seconds = numbers[: 2 * len(steps)].view(-1, 2).tolist()
     works = numbers[2 * len(steps) :].view(len(steps), NUMBERS_OF_WORK).tolist()
-    return [TimedStep(*times, Work.from_numbers(work)) for times, work in zip(seconds, works, strict=True)]
+    return [
+        TimedStep(step_seconds, wait_seconds, Work.from_numbers(work))
+        for (step_seconds, wait_seconds), work in zip(seconds, works, strict=True)
+    ]
 
 
 def _expert_shares(trial: Trial, num_steps: int) -> dict[str, float]:

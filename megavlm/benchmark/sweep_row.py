@@ -136,5 +136,5 @@ def efficiencies(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _last_line(output: str) -> str:
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.splitlines() if re.search(r"[A-Za-z0-9]", line)]
     return lines[-1] if lines else "nothing"

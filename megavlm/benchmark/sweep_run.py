@@ -159,9 +159,9 @@ def _run(sweep: Sweep, row: PlannedRow, place: Place) -> Row:
     save_recipe(row.recipe, folder / "recipe.yaml")
     start = time.monotonic()
     try:
-        run_process(
-            row.name, _command(sweep, row, place, folder), output, limit_seconds=60.0 * sweep.time_limit_minutes
-        )
+        command = _command(sweep, row, place, folder)
+        limit_seconds = 60.0 * sweep.time_limit_minutes
+        run_process(row.name, command, output, limit_seconds=limit_seconds, has_to_save=False)
         ended = dataclasses.replace(ended, status=OK, speed=read_speed(result))
     except RunError as error:
         if error.is_asked:

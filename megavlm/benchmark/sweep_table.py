@@ -23,6 +23,7 @@ _TITLES = (
     "peak MiB of a rank",
     "planned MiB",
 )
+_PRINTED = ("row", "samples/s/device", "tokens/s/device", "ms a step", "MFU", "efficiency", "communication")
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
@@ -42,11 +43,14 @@ def row_summary(row: Row) -> str:
 
 
 def print_sweep(rows: Sequence[Row]) -> None:
-    """Print the table."""
+    """Print the columns that a terminal has room for, and why rows failed."""
     titles, *lines = table(rows)
-    shown = Table(*titles)
+    places = [titles.index(title) for title in _PRINTED]
+    shown = Table()
+    for title in _PRINTED:
+        shown.add_column(title, overflow="fold", justify="left" if title == "row" else "right")
     for row, line in zip(rows, lines, strict=True):
-        shown.add_row(*line, style="" if row.status == OK else "dim")
+        shown.add_row(*(line[place] for place in places), style="" if row.status == OK else "dim")
     Console().print(shown)
     for row in rows:
         if row.status != OK:

@@ -21,7 +21,7 @@ from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
 from megavlm.runtime.process import Process
 from megavlm.training.feeding import build_training_loader, training_steps
-from megavlm.training.freeze import freeze_except
+from megavlm.training.freeze import freeze_except, scale_learning_rates
 from megavlm.training.schedule import build_schedule
 
 
@@ -60,7 +60,8 @@ class Work:
         """Read what another rank counted, or the sum over ranks."""
         whole = [round(number) for number in numbers]
         middle = 4 + len(COUNTED)
-        return cls(*whole[:4], flops_of=tuple(whole[4:middle]), useful_flops_of=tuple(whole[middle:]))
+        samples, tokens, positions, tiles = whole[:4]
+        return cls(samples, tokens, positions, tiles, tuple(whole[4:middle]), tuple(whole[middle:]))
 
 
 NUMBERS_OF_WORK = len(Work().numbers())
@@ -99,7 +100,9 @@ class Trial:
         self.memory_before_model_bytes = read_memory(process.device).now
         chunks = self.parts.build_chunks()
         initialize_weights(chunks, recipe.training.seed)
+        self.engine.num_sources = len(recipe.data.train.source_names)
         freeze_except(chunks, recipe.training.trainable)
+        scale_learning_rates(chunks, recipe.training.lr_scale)
         self.engine.wrap(chunks)
         self.engine.build_optimizer(recipe.training.optimizer)
         self._feed = Feed(training_steps(self.parts, loader) if loader is not None else None)

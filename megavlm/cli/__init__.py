@@ -12,10 +12,23 @@ from collections.abc import Sequence
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from megavlm import __version__
-from megavlm.cli import bench, convert, data, doctor, evaluate, generate, plan, preflight, train, upcycle
+from megavlm.cli import (
+    bench,
+    convert,
+    data,
+    doctor,
+    evaluate,
+    generate,
+    plan,
+    preflight,
+    soup,
+    train,
+    transfer,
+    upcycle,
+)
 from megavlm.runtime.log import quiet_third_parties
 
-_VERBS = (train, evaluate, generate, plan, preflight, convert, upcycle, bench, data, doctor)
+_VERBS = (train, evaluate, generate, plan, preflight, convert, upcycle, soup, transfer, bench, data, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

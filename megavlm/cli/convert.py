@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megavlm.cli.argument import add_verb
-from megavlm.convert.folder import convert_folder
+from megavlm.convert.folder import LORA, convert_folder
 from megavlm.convert.receipt import make_receipt
 from megavlm.convert.to_hf import DTYPES
 from megavlm.runtime.log import start_log
@@ -25,7 +25,11 @@ def add(verbs: argparse._SubParsersAction) -> None:
         "overrides", nargs="*", metavar="KEY=VALUE", help="changes to the recipe, or to config.json's model"
     )
     verb.add_argument("--recipe", type=Path, help="from Hugging Face: the recipe of the model (default: config.json's)")
-    verb.add_argument("--part", choices=("language", "vision"), help="to Hugging Face: this part alone")
+    verb.add_argument(
+        "--part",
+        choices=("language", "vision", LORA),
+        help="to Hugging Face: this part alone; lora: an adapter folder for peft (all else is written merged)",
+    )
     verb.add_argument(
         "--architecture", metavar="CLASS", help="to Hugging Face: write for this class, or say why it cannot be"
     )
@@ -47,6 +51,8 @@ def _convert(options: argparse.Namespace) -> None:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         os.execve(sys.executable, [sys.executable, "-m", "megavlm", *sys.argv[1:]], environment)
     start_log()
+    if options.verify and options.part == LORA:
+        raise ValueError("--verify: compares models, and --part=lora writes none. Leave it out.")
     if options.verify_only:
         _refuse_settings(options)
     else:

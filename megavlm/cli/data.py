@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megavlm.cli.argument import add_recipe, add_verb
+from megavlm.cli.data_filter import add_filters
 from megavlm.config import load_recipe
 from megavlm.inspection import show_data
 from megavlm.prepare import BAD_ROWS, FORMATS, FormatOptions, ImageLimits, Prepared, PrepareSettings, prepare
@@ -19,6 +20,7 @@ def add(parent: argparse._SubParsersAction) -> None:
     data = add_verb(parent, "data", None, "prepare, filter and look at training data")
     verbs = data.add_subparsers(dest="data_verb", required=True, metavar="WHAT")
     _add_prepare(verbs)
+    add_filters(verbs)
     _add_show(verbs)
 
 

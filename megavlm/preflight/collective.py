@@ -8,11 +8,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed
 
+from megavlm.preflight.bandwidth import BANDWIDTH_BYTES, sent_share, time_collective
 from megavlm.runtime.process import Process, process
-
-BANDWIDTH_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
-"""Size of the all-reduce that is timed."""
-_REPEATS = 3
 
 
 @dataclass
@@ -43,7 +40,7 @@ class Measured:
     def bandwidth(self, world_size: int) -> tuple[float, float]:
         """Bytes per second of the all-reduce, and those that each rank had to send for it (``2 (n - 1) / n``)."""
         plain = self.num_bytes / self.all_reduce_seconds
-        return plain, plain * 2 * (world_size - 1) / world_size
+        return plain, plain * sent_share("all_reduce", world_size)
 
 
 def measure(timeout_seconds: float) -> Measured:
@@ -59,16 +56,9 @@ def _measure(me: Process) -> Measured:
     result = Measured(num_bytes=BANDWIDTH_BYTES[me.device.type])
     result.wrong_ranks = _gather_patterns(me)
     result.wrong_sum = _sum_patterns(me)
-    data = torch.zeros(result.num_bytes // 4, device=me.device)
-    torch.distributed.all_reduce(data)  # opens the connections
-    _wait(me)
-    start = time.perf_counter()
-    for _ in range(_REPEATS):
-        torch.distributed.all_reduce(data)
-    _wait(me)
-    seconds = torch.tensor((time.perf_counter() - start) / _REPEATS, device=me.device)
-    torch.distributed.all_reduce(seconds, op=torch.distributed.ReduceOp.MAX)
-    result.all_reduce_seconds = float(seconds)
+    everyone = torch.distributed.group.WORLD
+    assert everyone is not None, "the default process group exists"
+    result.all_reduce_seconds = time_collective("all_reduce", everyone, me.device, result.num_bytes)
     torch.distributed.barrier()
     result.clock_seconds = time.time()
     return result
@@ -95,8 +85,3 @@ def _sum_patterns(me: Process) -> str:
         return ""
     at = int((data != right).nonzero()[0])
     return f"element {at} of the sum is {data[at].item()}, not {right[at].item()}"
-
-
-def _wait(me: Process) -> None:
-    if me.device.type == "cuda":
-        torch.cuda.synchronize()

@@ -279,7 +279,8 @@ def _check_same_model(recipe: Recipe, checkpoint: Path) -> None:
         ValueError: the recipe describes another model than the checkpoint's.
     """
     saved = yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))["model"]
-    before_by_name = validate(saved, VLMConfig, str(checkpoint / "recipe.yaml")).model_dump(mode="json")  # with defaults
+    # read anew, so that fields that the model has gained since have their defaults
+    before_by_name = validate(saved, VLMConfig, str(checkpoint / "recipe.yaml")).model_dump(mode="json")
     for name, now in recipe.model.model_dump(mode="json").items():
         before = before_by_name[name]
         if before != now:

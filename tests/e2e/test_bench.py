@@ -90,3 +90,47 @@ def test_a_run_that_fails_is_named_and_its_exit_code_kept(megavlm: Run, recipe: 
     assert result.returncode == 1, result.stdout
     assert "bench compare: error: x, seed 1: train recipe: failed with exit code 1. The end of" in result.stdout
     assert "IsADirectoryError" in result.stdout
+
+
+@pytest.mark.timeout(400)
+def test_layouts_become_rows_whatever_happens_to_them(megavlm: Run, recipe: Path, tmp_path: Path) -> None:
+    content = {
+        "recipe": recipe.name,
+        "layouts": {"tp2": ["engine.tensor_model_parallel_size=2"], "odd": ["training.micro_batch_size=3"]},
+        "ranks_per_node": [2],
+        "steps": 1,
+        "warmup_steps": 1,
+        "save": "rows",
+    }
+    file = tmp_path / "layouts.yaml"
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    slow = megavlm("bench", "layouts", file, "time_limit_minutes=0.01")
+    assert slow.returncode == 0, slow.stdout
+    assert "time_limit: was ended after its time limit" in slow.stdout
+    assert "odd,1x2: refused: global_batch_size=8" in slow.stdout
+
+    first = megavlm("bench", "layouts", file, "--again", timeout=300)
+    assert first.returncode == 0, first.stdout
+    rows = {row["name"]: row for row in map(json.loads, (tmp_path / "rows/rows.jsonl").read_text().splitlines())}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "tp2,1x2": "ok",
+        "odd,1x2": "refused",
+    }
+    assert "global_batch_size=8: is no multiple of micro_batch_size" in rows["odd,1x2"]["reason"]
+    row = rows["tp2,1x2"]
+    detail = row["speed"]["detail"]
+    parts = detail["breakdown_seconds"]
+    assert sum(parts.values()) == pytest.approx(detail["labelled_step_seconds"])
+    assert min(parts[label] for label in ("data_wait", "vision", "language", "communication")) > 0
+    assert parts["pipeline"] == 0
+    assert 0 < detail["mfu"] < detail["mfu_with_padding"]
+    assert detail["peak_source"].startswith("measured: best of 5 products")
+    whole = sum(detail["flops"][part] for part in ("vision", "connector", "language"))
+    assert whole / 8 == pytest.approx(row["speed"]["flops_per_sample"])
+    assert 0 < detail["useful_flops"]["language"] < detail["flops"]["language"]
+    assert len(detail["peak_memory_bytes"]) == 2
+    assert row["planned_bytes"] < row["speed"]["peak_memory_bytes"]
+    timed = {(one["group"], one["name"]) for one in detail["collectives"]}
+    assert timed == {("tp", "all_reduce"), ("tp", "all_gather"), ("tp", "reduce_scatter"), ("all", "all_reduce")}
+    assert Image.open(tmp_path / "rows/rows.png").width > 500
+    assert not (tmp_path / "run").exists()

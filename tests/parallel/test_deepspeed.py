@@ -45,8 +45,7 @@ CASES: dict[str, tuple[str, int, tuple[int, ...], dict[str, Any], dict[str, Any]
 }
 TESTED = [(name, stage) for name, case in CASES.items() for stage in case[2]]
 
-# Worst seen over 4 steps: loss 8.2e-8, gradient norm 2.1e-7 (relative); over 20 steps 1.3e-7 and 4.5e-7: float32 sums in
-# another order.
+# Worst seen over 4 steps: loss 8.2e-8, gradient norm 2.1e-7 (relative): float32 sums in another order.
 LOSS_TOLERANCE = 1e-6
 NORM_TOLERANCE = 5e-6
 
@@ -198,8 +197,8 @@ def test_checkpoint_is_the_megatron_engines(stage: int, tmp_path: Path) -> None:
 
 
 def skipped(config: dict[str, Any]) -> list[Any]:
-    """A step, one with a loss that is refused, one with gradients that are not finite, one without a trained token; then
-    the second step proper."""
+    """A step, one with a loss that is refused, one with gradients that are not finite, one without a trained token;
+    then the second step proper."""
     engine, chunk = build(config, "D", ALL_PARTS)
     results = [step(engine, chunk, 0), step(engine, chunk, 5, accept=lambda loss: False)]
     batches = mixed_batches(1, chunk.route)

@@ -6,23 +6,35 @@ import pytest
 import torch
 from made_up import measurement, plan, write_comparison
 
-from megavlm.benchmark.speed import Work, _memory, _summarize, count_positions, print_speed, read_speed, write_speed
+from megavlm.benchmark.memory import read_memory
+from megavlm.benchmark.speed import _summarize, print_speed, read_speed, write_speed
+from megavlm.benchmark.trial import TimedStep, Work
+from megavlm.benchmark.useful import COUNTED
 
-PAD = 7
+
+def work(samples: int, tokens: int, tiles: int, flops: int) -> Work:
+    rest = (0,) * (len(COUNTED) - 1)
+    return Work(samples, tokens, 2 * tokens, tiles, flops_of=(flops, *rest), useful_flops_of=(flops // 2, *rest))
 
 
-def test_padding_is_not_counted_and_padding_inside_a_row_is() -> None:
-    rows = [[1, 2, 3, 4, 5], [1, PAD, 3, PAD, PAD], [PAD, PAD, PAD, PAD, PAD]]
-    assert count_positions(torch.tensor(rows), PAD).tolist() == [5, 3, 0]
+def test_numbers_of_work_come_back_as_they_were() -> None:
+    flops = (2**52, *range(1, len(COUNTED)))
+    whole = Work(1, 2, 3, 4, flops_of=flops, useful_flops_of=tuple(range(len(COUNTED))))
+    assert Work.from_numbers(whole.numbers()) == whole
+    outside = range(len(COUNTED) - 2)  # experts and router are inside language
+    assert COUNTED[-2:] == ("experts", "router")
+    assert (whole.flops, whole.useful_flops) == (2**52 + sum(outside), sum(outside))
 
 
 def test_rates_are_medians_of_the_steps(tmp_path: Path) -> None:
     _, chains = plan(write_comparison(tmp_path))
     speed = _summarize(
         expert_shares={"router": 0.05, "permute": 0.1, "exchange": 0.25, "experts": 0.2, "unpermute": 0.05},
-        step_seconds=[0.5, 2.0, 0.25],  # the second was disturbed
-        waits=[0.1, 0.2, 0.3],
-        works=[Work(8, 100, 10, 1000), Work(8, 100, 10, 1000), Work(4, 80, 0, 400)],
+        steps=[
+            TimedStep(0.5, 0.1, work(8, 100, 10, 1000)),
+            TimedStep(2.0, 0.2, work(8, 100, 10, 1000)),  # disturbed
+            TimedStep(0.25, 0.3, work(4, 80, 0, 400)),
+        ],
         memory=[600, 300],
         warmup_steps=1,
         num_ranks=2,
@@ -56,8 +68,8 @@ def test_another_file_is_no_measurement(tmp_path: Path, text: str) -> None:
 
 
 def test_memory_of_this_process_grows_with_what_it_holds() -> None:
-    before = _memory(torch.device("cpu"))
+    before = read_memory(torch.device("cpu"))
     held = torch.ones(64 * 2**20, dtype=torch.uint8)
-    after = _memory(torch.device("cpu"))
+    after = read_memory(torch.device("cpu"))
     assert before.now <= before.peak
     assert after.peak - before.now >= 0.9 * held.numel()

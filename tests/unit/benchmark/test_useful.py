@@ -1,0 +1,103 @@
+"""Operations without padding."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from made_up import TINY as TINY_RECIPE
+from tiny_vlm import TINY, VOCAB_SIZE, H, X, make_routed_batch
+
+from megavlm.batch import Batch
+from megavlm.benchmark.useful import COUNTED, count_batch
+from megavlm.config import load_recipe, validate
+from megavlm.models.vlm import VLMConfig
+from megavlm.planning.flops import count_flops
+from megavlm.recipe import Recipe
+
+MOE = {**TINY, "language": {**TINY["language"], "moe": {"num_moe_experts": 4, "moe_layer_freq": 2}}}
+MODELS: dict[str, dict[str, Any]] = {"D": TINY, "X": X, "H": H, "experts": MOE}
+ALL = ["vision", "connector", "language"]
+
+
+def recipe_of(model: dict[str, Any], trainable: list[str]) -> Recipe:
+    tree = load_recipe(TINY_RECIPE, [], Recipe).model_dump(mode="json")
+    tree["model"], tree["training"]["trainable"] = model, trainable
+    return validate(tree, Recipe, source="test")
+
+
+def trainable_of(model: dict[str, Any]) -> list[str]:
+    return ALL if model["fusion"]["kind"] == "decoder_only" else [*ALL, "cross_attention"]
+
+
+def batch_of(model: dict[str, Any], rows: list[list[int]], length: int = 24) -> Batch:
+    route = VLMConfig.model_validate(model).fusion.tile_route
+    return make_routed_batch(rows, 1, route, length=length, pad_multiple=1)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_without_padding_all_of_it_is_useful(kind: str) -> None:
+    model = MODELS[kind]
+    batch = batch_of(model, [[3], [3]])
+    lengths = set(batch.row_lengths.tolist())
+    assert lengths == {batch.tokens.shape[1]}
+    everything, useful = count_batch(recipe_of(model, trainable_of(model)), batch, VOCAB_SIZE)
+    assert useful == everything
+    assert set(everything) <= set(COUNTED)
+    total = count_flops(
+        recipe_of(model, ALL + trainable_of(model)[3:]).model,
+        batch,
+        vocab_size=VOCAB_SIZE,
+        trainable=trainable_of(model),
+    )
+    assert sum(everything[part] for part in ("vision", "connector", "cross_attention", "language")) == total.total
+
+
+@pytest.mark.parametrize("trains", ["all", "connector only", "language only"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_useful_is_what_rows_alone_would_take(kind: str, trains: str) -> None:
+    """Each row with tiles in a micro-batch of its own has no padding at all, so there its operations are useful."""
+    model = MODELS[kind]
+    trainable = {"all": trainable_of(model), "connector only": ["connector"], "language only": ["language"]}[trains]
+    if kind in "XH" and trains != "all":
+        trainable.append("cross_attention")
+    rows = [[3], [2, 3], [5]]
+    batch = batch_of(model, rows, length=8)
+    assert len(set(batch.row_lengths.tolist())) > 1
+    recipe = recipe_of(model, trainable)
+    everything, useful = count_batch(recipe, batch, VOCAB_SIZE)
+    alone: Counter[str] = Counter()
+    for row, length in enumerate(batch.row_lengths.tolist()):
+        own = batch.tile_rows == row
+        single = dataclasses.replace(
+            batch,
+            tokens=batch.tokens[row : row + 1, :length],
+            loss_mask=batch.loss_mask[row : row + 1, :length],
+            tiles=batch.tiles[own],
+            tile_context=batch.tile_context[own],
+            tile_rows=torch.zeros(int(own.sum()), dtype=torch.int64),
+            context_length=int(batch.tile_context[own].sum()),
+        )
+        flops = count_flops(recipe.model, single, vocab_size=VOCAB_SIZE, trainable=trainable)
+        alone += flops.per_part + flops.inside
+    assert useful == alone
+    assert useful["language"] < everything["language"]
+    assert useful["vision"] == everything["vision"]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_rows_of_no_use(kind: str) -> None:
+    """Texts need no vision encoder and no context; a row that trains nothing is for nothing."""
+    model = MODELS[kind]
+    recipe = recipe_of(model, trainable_of(model))
+    texts = batch_of(model, [[], []])
+    everything, useful = count_batch(recipe, texts, VOCAB_SIZE)
+    assert everything["vision"] > 0, "a blank tile stands in"
+    assert set(useful) <= {"language", "experts", "router"}
+    assert useful["language"] == everything["language"]
+    texts.loss_mask[0] = 0.0
+    _, half = count_batch(recipe, texts, VOCAB_SIZE)
+    assert 0 < half["language"] < useful["language"]
+    texts.loss_mask[1] = 0.0
+    assert count_batch(recipe, texts, VOCAB_SIZE)[1] == Counter()

@@ -7,6 +7,7 @@ Tensors are copied to the CPU and handed to a forked process on each rank. When 
 import multiprocessing
 import time
 from collections.abc import Mapping
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from megavlm.checkpoint.agreement import from_rank_0
 from megavlm.checkpoint.folder import Iteration, RunFolder
 from megavlm.checkpoint.writer import CheckpointWriter, File
 from megavlm.engines import MegatronEngine
+from megavlm.runtime.activity import ACTIVITY
+from megavlm.runtime.signals import deaf_children, hear_parent_only
 
 _SECONDS_BETWEEN_POLLS = 0.05
 
@@ -36,6 +39,18 @@ def check_async_save() -> None:
         )
     if multiprocessing.current_process().daemon:
         raise ValueError(f"checkpoint.async_save=True: a daemonic process may not start others. {remedy}")
+
+
+def _start_results_queue() -> None:
+    """Start the process that holds the queue of results, as megatron-core would, but deaf to a launcher's signals.
+
+    megatron-core's ends with SIGTERM to the process group, and the checkpoint on its way is lost with it.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        with deaf_children():
+            manager.start(initializer=hear_parent_only)
+        filesystem_async._results_queue = manager.Queue()
 
 
 class AsyncSaver:
@@ -80,6 +95,7 @@ class AsyncSaver:
         If the checkpoint before is still on its way, it is finished first.
         """
         self.finish()
+        _start_results_queue()
         run_folder = folder if isinstance(folder, RunFolder) else RunFolder(folder)
         writer = CheckpointWriter(run_folder, iteration, keep_last)
         sharded = writer.prepare(engine, extra or {}, files or {}, with_optimizer=with_optimizer)
@@ -124,6 +140,7 @@ class AsyncSaver:
                 return path
             if from_rank_0("waiting for writers", lambda: time.monotonic() > deadline):
                 self._give_up(self._writer)
+            ACTIVITY.advance()  # all ranks answer, so none hangs; the deadline is the limit here
             time.sleep(_SECONDS_BETWEEN_POLLS)
         return None
 

@@ -1,8 +1,5 @@
 """What runs in the loaders' worker processes: rows of a data set become batches, or are measured."""
 
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -15,13 +12,10 @@ from megavlm.data.conversation import Conversation
 from megavlm.data.datasets import Dataset
 from megavlm.data.processor import SampleProcessor
 from megavlm.data.sample import Sample, SampleError
+from megavlm.runtime.signals import deaf_children, hear_parent_only
 
 NO_SAMPLE = -1
 """A row number that stands for no sample: beyond the end of a single pass."""
-
-# A launcher asks a run to stop with one of them, which it may send to the whole process group.
-_ASKING_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
-_SECONDS_BETWEEN_LOOKS = 2.0  # of a worker for its parent
 
 T = TypeVar("T")
 
@@ -112,11 +106,8 @@ class _QuietlyStarted(torch.utils.data.DataLoader[Any]):
     """Starts its workers deaf: a signal may come before a worker has got as far as to say what it listens to."""
 
     def __iter__(self) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING_SIGNALS)
-        try:
+        with deaf_children():
             return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def next_answer(answers: Iterator[T], num_workers: int) -> T:
@@ -168,15 +159,4 @@ def check_sizes(
 def _start_worker(worker_id: int) -> None:
     """Keep a worker to one thread, and deaf to the signals that ask the training process to save or stop."""
     torch.set_num_threads(1)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING_SIGNALS)
-    # SIGTERM is also how the training process ends a worker that does not end by itself. Only the sender tells one from
-    # the other, and only to a thread that waits for the signal.
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="SIGTERM", daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    """End this process when its parent asks it to, or is gone."""
-    while True:
-        received = signal.sigtimedwait({signal.SIGTERM}, _SECONDS_BETWEEN_LOOKS)
-        if os.getppid() != parent or (received is not None and received.si_pid == parent):
-            os._exit(0)
+    hear_parent_only()

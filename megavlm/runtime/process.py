@@ -9,7 +9,7 @@ import atexit
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from megavlm.runtime.log import warn_once
 
 DEFAULT_TIMEOUT_MINUTES = 10.0
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_to_close: list[Callable[[], None]] = []
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,15 @@ def start(*, timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES, num_threads: int 
     return Process(rank, world_size, local_rank, device, backend)
 
 
+def before_stop(close: Callable[[], None]) -> None:
+    """Have something closed while the process groups that it uses still exist, however the process ends.
+
+    Args:
+        close: called once, by :func:`stop`, on each rank by itself: without collectives.
+    """
+    _to_close.append(close)
+
+
 def stop(*, clean: bool = True) -> None:
     """Leave megatron-core's groups and the default process group. Does nothing if there are none.
 
@@ -87,6 +97,8 @@ def stop(*, clean: bool = True) -> None:
     if not clean and torch.distributed.get_backend() == "nccl":
         return  # destroying nccl groups with work in flight can hang; the exit of a failed process frees them
     try:
+        while _to_close:
+            _to_close.pop()()
         if clean:
             torch.distributed.barrier()
     finally:

@@ -21,7 +21,7 @@ def freeze_except(chunks: Sequence[torch.nn.Module], trainable: Iterable[str]) -
             parameter.requires_grad_(part_of(name) in wanted)
 
 
-def scale_learning_rates(chunks: Sequence[torch.nn.Module], scales: Mapping[str, float]) -> None:
+def scale_learning_rates(chunks: Sequence[torch.nn.Module], scales: Mapping[Any, float]) -> None:
     """Say what the learning rate of each part is multiplied by, before the engine makes its optimizer.
 
     Args:

@@ -17,7 +17,7 @@ from megavlm.config import load_recipe
 from megavlm.recipe import Recipe
 
 SCRIPT = REPOSITORY / "slurm" / "nvlm_d.sh"
-NUM_STEPS = 120  # long enough to be interrupted twice
+NUM_STEPS = 60  # long enough to be interrupted twice
 Curve = list[tuple[int, float, float]]
 # A machine with nothing else to do needs about a quarter of these.
 ATTEMPT_SECONDS = 240.0
@@ -32,7 +32,7 @@ def long_recipe(recipe: Path) -> Path:
     """The recipe with more steps."""
     content = yaml.safe_load(recipe.read_text())
     content["training"]["train_iters"] = NUM_STEPS
-    content["checkpoint"]["save_interval"] = 40
+    content["checkpoint"]["save_interval"] = 20
     recipe.write_text(yaml.safe_dump(content))
     return recipe
 
@@ -65,6 +65,20 @@ def steps_done(run: Path) -> int:
     return path.read_text().count("lm loss") if path.exists() else 0
 
 
+def pause_after(step: int, attempt: int, run: Path, job: Job) -> int:
+    """Stop rank 1 after this step, so that the run waits for whatever slow command comes next. Returns its number."""
+    output = run / "jobs" / job.number / f"attempt_{attempt}" / "train" / "rank_00001.txt"
+    job.wait_until(output.exists, ATTEMPT_SECONDS, f"training of attempt {attempt}")
+    rank = None
+    deadline = time.monotonic() + ATTEMPT_SECONDS
+    while rank is None or steps_done(run) < step:
+        assert time.monotonic() < deadline, f"step {step} was not reached\n{job.output}"
+        rank = rank or job.find_rank(1, "train")
+        time.sleep(0.01)
+    os.kill(rank, signal.SIGSTOP)
+    return rank
+
+
 def test_two_nodes_train_as_two_ranks_under_torchrun(
     cluster: Cluster,  # noqa: F811
     long_recipe: Path,
@@ -77,7 +91,7 @@ def test_two_nodes_train_as_two_ranks_under_torchrun(
     assert losses(run) == torchrun_curve
     assert len(torchrun_curve) == NUM_STEPS
     assert "preflight: all 2 rank(s) on 2 node(s) are ready" in job.output
-    assert "iteration       20/     120 | consumed samples:          160 |" in job.output
+    assert f"iteration       20/{NUM_STEPS:8d} | consumed samples:          160 |" in job.output
     assert f"done: all {NUM_STEPS} steps" in job.output
     assert attempts(run, job.number) == ["started", "done"]
     record = run / "jobs" / job.number / "attempt_0"
@@ -85,7 +99,7 @@ def test_two_nodes_train_as_two_ranks_under_torchrun(
     for name in ("code.txt", "packages.txt", "environment.txt", "command.txt", "job.txt", "job.sh"):
         assert (record / name).stat().st_size > 0, name
     assert f"SLURM_JOB_ID={job.number}" in (record / "environment.txt").read_text()
-    assert "iteration      120/" in (record / "train/rank_00000.txt").read_text()
+    assert f"iteration {NUM_STEPS:8d}/" in (record / "train/rank_00000.txt").read_text()
     assert (record / "train/rank_00001.txt").exists()
 
 
@@ -97,17 +111,18 @@ def test_stopped_and_killed_it_goes_on_with_the_same_curve(
 ) -> None:
     run = tmp_path / "run"
     job = cluster.sbatch(tmp_path, SCRIPT, RECIPE=str(long_recipe), RANKS_PER_NODE="1", MAX_RESTARTS="1")
-    job.wait_until(lambda: steps_done(run) >= 3, ATTEMPT_SECONDS, "some steps")
+    rank = pause_after(3, 0, run, job)
     cluster.run("scancel", "--signal=USR1", job.number)
-    job.wait_until(lambda: attempts(run, job.number)[-1] == "stopped", ATTEMPT_SECONDS, "stopped")
+    os.kill(rank, signal.SIGCONT)
+    job.wait_until(lambda: "stopped" in attempts(run, job.number), ATTEMPT_SECONDS, "stopped")
     saved = int((run / "latest_checkpointed_iteration.txt").read_text())
     assert 3 <= saved < NUM_STEPS, "the run was over before it could be stopped"
     assert saved == steps_done(run)
 
-    job.wait_until(lambda: steps_done(run) > saved + 2, ATTEMPT_SECONDS, "some more steps")
-    os.kill(job.rank(1, "train"), signal.SIGKILL)
+    rank = pause_after(saved + 3, 1, run, job)
     assert steps_done(run) < NUM_STEPS, "the run was over before a rank could be killed"
-    seconds = job.wait_until(lambda: attempts(run, job.number)[-1] == "crashed", ATTEMPT_SECONDS, "crashed")
+    os.kill(rank, signal.SIGKILL)
+    seconds = job.wait_until(lambda: "crashed" in attempts(run, job.number), ATTEMPT_SECONDS, "crashed")
     assert seconds < DEATH_SECONDS
 
     assert job.wait(ATTEMPT_SECONDS) == "COMPLETED", job.output

@@ -30,6 +30,10 @@ setup(
     packages=find_namespace_packages(include=["megavlm", "megavlm.*"]),
     python_requires=">=3.11",
     install_requires=read_requirements("requirements.txt"),
-    extras_require={"dev": read_requirements("requirements-dev.txt"), "gpu": read_requirements("requirements-gpu.txt")},
+    extras_require={
+        "dev": read_requirements("requirements-dev.txt"),
+        "gpu": read_requirements("requirements-gpu.txt"),
+        "deepspeed": read_requirements("requirements-deepspeed.txt"),
+    },
     entry_points={"console_scripts": ["megavlm = megavlm.cli:main"]},
 )

@@ -18,6 +18,7 @@ from megavlm.convert.parts import ModelParts
 from megavlm.convert.read_hf import read_header, read_tensor
 from megavlm.convert.weight_map import WeightMap
 from megavlm.convert.write_hf import ShardWriter
+from megavlm.models.vision.dual import DualConfig
 from megavlm.runtime.log import LOGGER
 
 CARRIED_NAME = "published/unused.safetensors"
@@ -107,6 +108,7 @@ class CompletedWeights:
         vision = self.parts.vision
         if vision is None:
             return True
+        assert not isinstance(vision, DualConfig), "no such model is exported"
         leaves = [key.removeprefix(_FIRST_LAYER) for key in own if key.startswith(_FIRST_LAYER)]
         later = [
             f"vision.encoder.layers.{layer}.{leaf}"
@@ -120,6 +122,7 @@ def _as_built(parts: ModelParts) -> ModelParts:
     """The same features from an encoder that ends with the selected layer."""
     vision = parts.vision
     assert vision is not None
+    assert not isinstance(vision, DualConfig), "no such model is exported"
     LOGGER.info(
         "the vision encoder is written with %d of the %d layers that it was published with, and features are its last "
         "layer's: the others are not in the checkpoint",

@@ -5,7 +5,7 @@ from typing import Any
 
 from megavlm.convert import dinov2, own_layout
 from megavlm.convert.mixtral import mixtral_problems
-from megavlm.convert.own_config import own_config
+from megavlm.convert.own_config import own_config, own_problems
 from megavlm.convert.parts import ModelParts
 from megavlm.convert.recipe_of.language import DECODER_FIELDS, LLAMA3_ROPE
 from megavlm.convert.recipe_of.values import Tree
@@ -14,7 +14,9 @@ from megavlm.convert.vision_config import vision_architecture, vision_config
 from megavlm.models.connectors.mlp import MLPConnectorConfig
 from megavlm.models.fusion.decoder_only import DecoderOnlyConfig
 from megavlm.models.language import LanguageConfig
+from megavlm.models.vision.clip import ClipConfig
 from megavlm.models.vision.dinov2 import Dinov2Config
+from megavlm.models.vision.internvit import InternViTConfig
 from megavlm.models.vision.siglip import SiglipConfig
 from megavlm.models.vlm import VLMConfig
 from megavlm.runtime.log import LOGGER
@@ -56,6 +58,8 @@ def _whole_architecture(parts: ModelParts, wanted: str | None) -> str:
         reasons = "; ".join(reasons_against(wanted, parts.whole()))
         raise ValueError(f"--architecture={wanted}: cannot carry this model: {reasons}. Leave it out to write {own}.")
     problems = {name: find(parts) for name, find in _WHOLE_CLASSES.items()}
+    if wanted == own or (wanted is None and all(problems.values())):
+        _refuse(own_problems(parts.whole()), "Such a model stays a run folder; its language model goes out alone.")
     if wanted is None:
         fitting = next((name for name, found in problems.items() if not found), None)
         if fitting is None:
@@ -109,7 +113,7 @@ def published_config(
     head: Tree = {"architectures": [architecture]}
     carried = {name: value for name, value in carried.items() if value is not None}
     image_token_id = carried.pop("image_token_id", None)
-    vision = {} if parts.vision is None else vision_config(parts.vision, extra)
+    vision: Tree = {} if parts.vision is None else vision_config(parts.vision, extra)
     if parts.names == ("vision",):
         return head | vision
     assert parts.language is not None
@@ -120,6 +124,7 @@ def published_config(
     if architecture == own_layout.ARCHITECTURE:
         return own_config(parts.whole(), language, vision, image_token_id)
     model = parts.whole()
+    assert isinstance(model.vision, ClipConfig | InternViTConfig | SiglipConfig), "the others' problems are named"
     head |= {
         "vision_config": vision,
         "text_config": language,
@@ -137,6 +142,8 @@ _INTERNVL: Tree = {"model_type": "internvl", "downsample_ratio": 0.5, "vision_fe
 
 
 def _llava(model: VLMConfig) -> Tree:
+    assert isinstance(model.vision, ClipConfig | SiglipConfig), "_llava_problems names others"
+    assert isinstance(model.connector, MLPConnectorConfig), "_llava_problems names others"
     keeps_all = model.vision.keep_class_token or not model.vision.has_class_token
     return {
         "model_type": "llava",
@@ -185,7 +192,7 @@ def _internvl_problems(parts: ModelParts) -> list[str]:
     """What InternVLForConditionalGeneration has no place for."""
     vision = parts.whole().vision
     problems = _not_of_kinds(vision.kind, ("internvit",))
-    if vision.keep_class_token:
+    if isinstance(vision, InternViTConfig) and vision.keep_class_token:
         problems.append("model.vision.keep_class_token=True (only false)")
     fixed = {
         "num_layers": 2,

@@ -5,10 +5,14 @@ from pathlib import Path
 
 from megavlm.config import load_recipe
 from megavlm.convert.from_hf import import_folder
+from megavlm.convert.lora import export_adapter
 from megavlm.convert.read_hf import CONFIG_NAME
 from megavlm.convert.to_hf import export_folder
 from megavlm.convert.write_hf import parse_size
 from megavlm.recipe import Recipe
+
+LORA = "lora"
+"""The part that is written as an adapter."""
 
 
 def convert_folder(
@@ -29,7 +33,7 @@ def convert_folder(
         target: the folder to make; must not exist.
         overrides: see :func:`import_folder` and :func:`export_folder`; with ``recipe`` they change the recipe.
         recipe: from Hugging Face: file of the recipe that the weights are for.
-        part: to Hugging Face: ``language`` or ``vision`` alone.
+        part: to Hugging Face: ``language`` or ``vision`` alone, or ``lora`` as an adapter folder of ``peft``.
         architecture: to Hugging Face: class to write for; None: the best.
         max_shard_size: to Hugging Face: most bytes of a file, as ``2GB`` (the default).
         dtype: to Hugging Face: ``bf16`` or ``fp32``; None: as saved.
@@ -50,6 +54,11 @@ def convert_folder(
         return import_folder(source, target, load_recipe(recipe, overrides, Recipe))
     if is_published:
         return import_folder(source, target, overrides=overrides)
+    if part == LORA:
+        for name in ("architecture", "max-shard-size", "dtype"):
+            if to_hf[name] is not None:
+                raise ValueError(f"--{name}={to_hf[name]}: is not for an adapter (--part=lora). Leave it out.")
+        return export_adapter(source, target)
     size = parse_size(max_shard_size or "2GB")
     return export_folder(
         source, target, overrides, part=part, architecture=architecture, max_shard_bytes=size, dtype=dtype

@@ -2,25 +2,24 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megavlm.checkpoint import RunFolder
 from megavlm.checkpoint.folder import RELEASE
-from megavlm.checkpoint.release import ReleaseTensor, write_release
+from megavlm.checkpoint.release import write_release
 from megavlm.config import dump_recipe, load_recipe, validate
 from megavlm.convert.carried import CARRIED_NAME, write_carried
-from megavlm.convert.families import Family, family_of
-from megavlm.convert.parts import MODEL_NAME, ModelFile, ModelParts, weight_shapes
+from megavlm.convert.families import family_of
+from megavlm.convert.incoming import Incoming
+from megavlm.convert.parts import MODEL_NAME, RECIPE_NAME, ModelFile, ModelParts
 from megavlm.convert.processor import PROCESSOR_FILES
 from megavlm.convert.read_hf import PublishedFolder, read_json
 from megavlm.convert.recipe_of.values import Tree
 from megavlm.convert.staging import progress_bar, staged
-from megavlm.convert.weight_map import WeightReader, refuse_leftovers
 from megavlm.data.tokenizers import HuggingFaceTokenizerConfig
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
@@ -39,10 +38,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FOR_TRAINING = ("moe_aux_loss_coeff",)
 """What config.json says and a recipe may change: the weights are the same."""
-_VOCABULARY_KEYS = ("language.embedding.word_embeddings.weight", "language.output_layer.weight")
 
 
 def import_folder(source: Path, target: Path, recipe: Recipe | None = None, overrides: Sequence[str] = ()) -> Path:
@@ -87,7 +84,7 @@ def import_folder(source: Path, target: Path, recipe: Recipe | None = None, over
 
 def open_folder(
     source: Path, target: Path, recipe: Recipe | None = None, overrides: Sequence[str] = ()
-) -> "tuple[ModelFile, Incoming, dict[str, bytes | Path]]":
+) -> tuple[ModelFile, Incoming, dict[str, bytes | Path]]:
     """Say what :func:`import_folder` would write, from the headers of the files alone.
 
     Args:
@@ -108,60 +105,6 @@ def open_folder(
     _check_same(stated, model.model, source)
     incoming = Incoming(published, family, model.model, _vocab_size(stated, model, source))
     return model, incoming, _files(source, model, recipe)
-
-
-class Incoming:
-    """The weights of our model, made of published ones when they are asked for."""
-
-    def __init__(self, published: PublishedFolder, family: Family, parts: ModelParts, vocab_size: int | None) -> None:
-        """Check names, shapes and dtypes of all weights by the headers alone.
-
-        Raises:
-            ValueError: a tensor is missing, has another shape or dtype than the model's, or no place in the model.
-        """
-        self._published = published
-        self._reader = WeightReader(family.weight_map(parts), published)
-        checked = WeightReader(family.weight_map(parts), published.templates)
-        shapes = weight_shapes(parts, vocab_size or 1)
-        self.tensors: dict[str, ReleaseTensor] = {}
-        for key, wanted in shapes.items():
-            found = checked.read(key)
-            self._check_dtype(key, found.dtype)
-            self._check_shape(key, tuple(found.shape), wanted.shape)
-            self.tensors[key] = replace(wanted, dtype=found.dtype)
-        refuse_leftovers(self._reader.leftover(checked.used))
-        self.carried = {key: checked.read_carried(key) for key in checked.carried_keys()}
-        """Templates of what the model has no use for and an exported folder has (see ``carried.py``)."""
-        for key, template in self.carried.items():
-            self._check_dtype(key, template.dtype)
-
-    def _check_dtype(self, key: str, dtype: torch.dtype) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(
-                f"{self._published.path}: {key} is of type {dtype}, which is not one of "
-                f"{', '.join(map(str, _DTYPES))}. Quantised weights cannot be converted; take the original ones."
-            )
-
-    def _check_shape(self, key: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-        if found == wanted or (key in _VOCABULARY_KEYS and found[1:] == wanted[1:] and found[0] < wanted[0]):
-            return
-        raise ValueError(
-            f"{self._published.path}: {key} has shape {found}, and the model's has {wanted}. config.json and the "
-            "weights, or the recipe, are not of one model: check them."
-        )
-
-    def read_carried(self, key: str) -> Tensor:
-        """Return a full tensor of :attr:`carried`."""
-        return self._reader.read_carried(key)
-
-    def read(self, key: str) -> Tensor:
-        """Return our full tensor. New rows of the vocabulary are the mean of the others."""
-        tensor = self._reader.read(key)
-        num_rows = self.tensors[key].shape[0]
-        if tensor.shape[0] == num_rows:
-            return tensor
-        new = tensor.float().mean(0).to(tensor.dtype).expand(num_rows - tensor.shape[0], -1)
-        return torch.cat([tensor, new])
 
 
 @dataclass(frozen=True)
@@ -290,7 +233,7 @@ def _files(source: Path, model: ModelFile, recipe: Recipe | None) -> dict[str, b
     """The small files of the checkpoint."""
     files: dict[str, bytes | Path] = {MODEL_NAME: model.dump().encode()}
     if recipe is not None:
-        files["recipe.yaml"] = dump_recipe(recipe).encode()
+        files[RECIPE_NAME] = dump_recipe(recipe).encode()
     for name in CARRIED_FILES:
         if (source / name).is_file():
             files[f"{PUBLISHED}/{name}"] = source / name

@@ -6,6 +6,7 @@
 from megavlm.convert import clip, llama, siglip
 from megavlm.convert.rules import Rule, under
 from megavlm.convert.weight_map import WeightMap
+from megavlm.models.connectors.mlp import MLPConnectorConfig
 from megavlm.models.vision.clip import ClipConfig
 from megavlm.models.vision.siglip import SiglipConfig
 from megavlm.models.vlm import VLMConfig
@@ -58,6 +59,7 @@ def original_weight_map(config: VLMConfig) -> WeightMap:
         ValueError: the recipe's vision encoder is neither CLIP nor SigLIP.
     """
     encoder_rules, unused, _ = _tower(config)
+    assert isinstance(config.connector, MLPConnectorConfig), "as config.json says, with which it was compared"
     connector = _ORIGINAL_CONNECTORS[config.connector.num_layers]
     return WeightMap(
         rules=under(encoder_rules, ours="vision.", theirs=_ORIGINAL_TOWER)

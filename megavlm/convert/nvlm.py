@@ -15,6 +15,7 @@ from torch import Tensor
 from megavlm.convert import internvl
 from megavlm.convert.rules import Layout, PackedQKV, Rule
 from megavlm.convert.weight_map import WeightMap
+from megavlm.models.vision.dual import DualConfig
 from megavlm.models.vlm import VLMConfig
 
 NUM_DUMMY_HEADS = 7
@@ -66,6 +67,7 @@ def weight_map(config: VLMConfig) -> WeightMap:
         ValueError: the recipe's vision encoder is not InternViT.
     """
     original = internvl.original_weight_map(config)
+    assert not isinstance(config.vision, DualConfig), "the map of its original takes InternViT alone"
     heads = config.vision.num_attention_heads
     dimensions = {"self_attention.linear_proj.weight": 1, "q_layernorm.weight": 0, "k_layernorm.weight": 0}
     rules = []

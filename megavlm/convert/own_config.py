@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megavlm.convert.own_layout import ARCHITECTURE, AUTO_MAP, MODEL_TYPE
+from megavlm.convert.own_layout import ARCHITECTURE, AUTO_MAP, MODEL_TYPE, VISION_RULES
 from megavlm.convert.recipe_of.dinov2 import dinov2_tree
 from megavlm.convert.recipe_of.language import DECODER_OF_TYPE, decoder_tree
 from megavlm.convert.recipe_of.values import Tree, refuse
@@ -11,6 +11,7 @@ from megavlm.convert.recipe_of.vision import clip_tree, internvit_tree, siglip_t
 from megavlm.models.connectors.mlp import MLPConnectorConfig
 from megavlm.models.fusion.cross_attention import CrossAttentionConfig
 from megavlm.models.fusion.hybrid import HybridConfig
+from megavlm.models.vision.dual import DualConfig
 from megavlm.models.vlm import VLMConfig
 
 _CONNECTOR_FIELDS = {
@@ -32,6 +33,18 @@ _WITH_NORM = ("siglip", "dinov2")
 _TEXT_TYPES = ("llama", "qwen2")
 
 
+def own_problems(model: VLMConfig) -> list[str]:
+    """Name what of a model the layout has no place for."""
+    problems = []
+    if model.vision.kind not in VISION_RULES:
+        problems.append(f"model.vision.kind={model.vision.kind!r} (only {', '.join(VISION_RULES)})")
+    if not isinstance(model.connector, MLPConnectorConfig):
+        problems.append(f"model.connector.kind={model.connector.kind!r} (only mlp)")
+    if model.fusion.kind not in _FUSION_FIELDS:
+        problems.append(f"model.fusion.kind={model.fusion.kind!r} (only {', '.join(_FUSION_FIELDS)})")
+    return problems
+
+
 def own_config(model: VLMConfig, language: Tree, vision: Tree, image_token_id: int | None) -> Tree:
     """Return the ``config.json`` of a whole model.
 
@@ -41,6 +54,7 @@ def own_config(model: VLMConfig, language: Tree, vision: Tree, image_token_id: i
         vision: configuration of its vision encoder, as its stock class's, of the layers that are built.
         image_token_id: the placeholder of image features; None where it is not known.
     """
+    assert not isinstance(model.vision, DualConfig), "own_problems names it"
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,

@@ -1,5 +1,7 @@
 """The parts of a model that are converted: as data, as ``model.yaml``, and as the shapes of their weights."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from megatron.core import parallel_state
 
 from megavlm.checkpoint.layout import sharded_leaves
 from megavlm.checkpoint.release import ReleaseTensor
-from megavlm.config import Config
+from megavlm.config import Config, load_recipe
 from megavlm.data.tokenizers import TokenizerConfig
 from megavlm.engines import MegatronEngineConfig
 from megavlm.models.backend import BACKENDS
@@ -18,10 +20,14 @@ from megavlm.models.fusion.decoder_only import DecoderOnlyConfig
 from megavlm.models.language import LanguageConfig, LanguageModel, decoder_layer_specs
 from megavlm.models.vision import AnyVisionConfig
 from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.recipe import Recipe
 from megavlm.runtime.fake_world import fake_world
 from megavlm.runtime.sharding import sharding_metadata
 
-MODEL_NAME = "model.yaml"
+MODEL_NAME, RECIPE_NAME = "model.yaml", "recipe.yaml"
+"""Which of the two a checkpoint holds says whether it was imported or trained."""
+EMBEDDING, OUTPUT_LAYER = "language.embedding.word_embeddings.weight", "language.output_layer.weight"
+"""Checkpoint keys of the weights that have a row for each token; the second only where it is not the first."""
 
 
 class ModelParts(Config):
@@ -81,6 +87,25 @@ class ModelFile(Config):
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
 
+def read_model(checkpoint: Path, overrides: Sequence[str] = ()) -> tuple[ModelFile, Recipe | None]:
+    """Read what a checkpoint says of its model.
+
+    Args:
+        checkpoint: its folder.
+        overrides: changes, as on the command line.
+
+    Returns:
+        The model, and the recipe of the run that trained it; None for one that was imported.
+
+    Raises:
+        ValueError: a file is missing or damaged, or an override does not fit.
+    """
+    if (checkpoint / MODEL_NAME).is_file():
+        return load_recipe(checkpoint / MODEL_NAME, overrides, ModelFile), None
+    recipe = load_recipe(checkpoint / RECIPE_NAME, overrides, Recipe)
+    return ModelFile(model=ModelParts.of(recipe.model), tokenizer=recipe.tokenizer), recipe
+
+
 def weight_shapes(parts: ModelParts, vocab_size: int) -> dict[str, ReleaseTensor]:
     """Return what the weights of a model's parts are: checkpoint key -> shapes. The dtype stands for any.
 
@@ -118,7 +143,11 @@ def _build(parts: ModelParts, vocab_size: int) -> dict[str, Any]:
     if parts.connector is not None:
         model = parts.whole()
         built["connector."] = parts.connector.build(
-            model.vision.hidden_size, model.language.hidden_size, settings, backend
+            model.vision.hidden_size,
+            model.language.hidden_size,
+            settings,
+            backend,
+            num_patches=model.vision.num_patches,
         )
     if parts.language is not None:
         config = parts.language.transformer_config(settings)

@@ -7,6 +7,7 @@ a condition on our model and the sentence that it proves; conditions that hold f
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megavlm.models.connectors.mlp import MLPConnectorConfig
 from megavlm.models.vlm import VLMConfig
 
 
@@ -28,6 +29,8 @@ def _is_hybrid(model: VLMConfig) -> bool:
 
 def _is_more_than_linear(model: VLMConfig) -> bool:
     connector = model.connector
+    if not isinstance(connector, MLPConnectorConfig):
+        return connector.kind != "linear"
     return connector.layernorm or connector.num_layers == 2 or connector.pixel_shuffle_ratio != 1.0
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from megavlm.checkpoint import RunFolder, durable, find_checkpoint
 from megavlm.checkpoint.weights import CheckpointWeights
-from megavlm.config import load_recipe
 from megavlm.convert import own_layout
 from megavlm.convert.carried import CompletedWeights
 from megavlm.convert.config_of import architecture_of, published_config
 from megavlm.convert.families import FAMILIES
 from megavlm.convert.from_hf import PUBLISHED
-from megavlm.convert.parts import MODEL_NAME, ModelFile, ModelParts, weight_shapes
+from megavlm.convert.lora import MergedWeights
+from megavlm.convert.parts import EMBEDDING, RECIPE_NAME, ModelFile, ModelParts, read_model, weight_shapes
 from megavlm.convert.processor import PROCESSOR_FILES, stop_token_ids, write_processor
 from megavlm.convert.read_hf import CONFIG_NAME, read_json
 from megavlm.convert.staging import progress_bar, staged
@@ -25,10 +25,8 @@ from megavlm.models.part import part_of
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
 
-RECIPE_NAME = "recipe.yaml"
 GENERATION_NAME = "generation_config.json"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_EMBEDDING = "language.embedding.word_embeddings.weight"
 _CARRIED = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "image_token_id")
 _PART_CONFIGS = ("text_config", "llm_config")
 
@@ -64,14 +62,17 @@ def export_folder(
     checkpoint = find_checkpoint(RunFolder(source))
     if checkpoint is None:
         raise ValueError(f"source={source}: holds neither a {CONFIG_NAME} nor a checkpoint. Check the path.")
-    model, seq_length = _read_model(checkpoint, overrides)
+    model, recipe = read_model(checkpoint, overrides)
     parts = _chosen(model.model, part)
     architecture = architecture_of(parts, architecture)
     weights = CheckpointWeights(checkpoint)
-    vocab_size = weights.template(_EMBEDDING).shape[0] if _EMBEDDING in weights else None
+    if parts.language is not None and parts.language.lora is not None:
+        weights = MergedWeights(checkpoint, parts.language)
+        parts = parts.model_copy(update={"language": parts.language.model_copy(update={"lora": None})})
+    vocab_size = weights.template(EMBEDDING).shape[0] if EMBEDDING in weights else None
     keys = _check_weights(weights, parts, vocab_size)
     completed = CompletedWeights(weights, keys, parts, FAMILIES[architecture].weight_map)
-    values = _carried(checkpoint, model, seq_length)
+    values = _carried(checkpoint, model, None if recipe is None else recipe.data.seq_length)
     config = published_config(completed.parts, vocab_size, values, architecture, extra=completed.extra)
     found = [weights.template(key).dtype for key in keys]
     saved = max(set(found), key=found.count)
@@ -85,17 +86,9 @@ def export_folder(
         if parts.language is not None:
             _write_json(folder / GENERATION_NAME, _generation(checkpoint, config))
             _write_tokenizer(folder, checkpoint, model)
-        _write_processor(folder, checkpoint, model, parts, overrides)
+        _write_processor(folder, checkpoint, model, recipe, parts, architecture)
     LOGGER.info("%s: %s, %d tensors of %s", target, architecture, len(completed.keys), checkpoint)
     return target
-
-
-def _read_model(checkpoint: Path, overrides: Sequence[str]) -> tuple[ModelFile, int | None]:
-    """The parts of a checkpoint, and the row length that a run trained with."""
-    if (checkpoint / MODEL_NAME).is_file():
-        return load_recipe(checkpoint / MODEL_NAME, overrides, ModelFile), None
-    recipe = load_recipe(checkpoint / RECIPE_NAME, overrides, Recipe)
-    return ModelFile(model=ModelParts.of(recipe.model), tokenizer=recipe.tokenizer), recipe.data.seq_length
 
 
 def _chosen(parts: ModelParts, part: str | None) -> ModelParts:
@@ -103,6 +96,13 @@ def _chosen(parts: ModelParts, part: str | None) -> ModelParts:
         return parts
     if part not in parts.names:
         raise ValueError(f"--part={part}: the checkpoint holds {', '.join(parts.names)}. Choose one of them.")
+    if part == "language" and "cross_attention" in parts.weight_parts:
+        LOGGER.warning(
+            "--part=language: leaves the cross-attention of %d layers out (model.fusion.kind=%s): what is written "
+            "answers texts as the model does, and never sees an image",
+            len(parts.whole().cross_attention_layers),
+            parts.whole().fusion.kind,
+        )
     return parts.only(part)
 
 
@@ -188,17 +188,16 @@ def _write_tokenizer(folder: Path, checkpoint: Path, model: ModelFile) -> None:
 
 
 def _write_processor(
-    folder: Path, checkpoint: Path, model: ModelFile, parts: ModelParts, overrides: Sequence[str]
+    folder: Path, checkpoint: Path, model: ModelFile, recipe: Recipe | None, parts: ModelParts, architecture: str
 ) -> None:
     """What makes inputs of questions: as the run did, or, where nothing was trained, as the original model does."""
-    if (checkpoint / RECIPE_NAME).is_file():
-        recipe = load_recipe(checkpoint / RECIPE_NAME, overrides, Recipe)
+    if recipe is not None:
         config = _own_tokenizer(checkpoint, model)
         if not config.path.exists():
             LOGGER.warning("tokenizer.path=%s: is not there, so no processor files are written", config.path)
             return
         tokenizer = config.build()
-        write_processor(folder, recipe, tokenizer, parts.names)
+        write_processor(folder, recipe, tokenizer, parts.names, architecture)
         if parts.language is not None:
             path = folder / GENERATION_NAME
             ends = stop_token_ids(recipe, tokenizer)

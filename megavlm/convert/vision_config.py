@@ -7,6 +7,7 @@ from megavlm.convert.recipe_of.values import Tree
 from megavlm.convert.recipe_of.vision import INTERNVIT_FIELDS, NORMS, VISION_FIELDS
 from megavlm.models.vision import AnyVisionConfig
 from megavlm.models.vision.clip import ClipConfig
+from megavlm.models.vision.dual import DualConfig
 from megavlm.models.vision.internvit import InternViTConfig
 from megavlm.models.vision.siglip import SiglipConfig
 
@@ -14,8 +15,12 @@ _HEAD = "vision.head."
 
 
 def vision_architecture(config: AnyVisionConfig) -> str:
-    """Return the class of ``transformers`` that an encoder alone is written for."""
-    return _WRITERS[config.kind][0]
+    """Return the class of ``transformers`` that an encoder alone is written for.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return _writer(config)[0]
 
 
 def vision_config(config: AnyVisionConfig, extra: Collection[str] = ()) -> Tree:
@@ -24,11 +29,30 @@ def vision_config(config: AnyVisionConfig, extra: Collection[str] = ()) -> Tree:
     Args:
         config: of the encoder.
         extra: our keys of tensors that are written beside the model's: a pooling head among them is announced.
+
+    Raises:
+        ValueError: there is no class for it, or it stretches its positions and its class does so only when told.
     """
-    tree = _WRITERS[config.kind][1](config)
+    tree = _writer(config)[1](config)
+    assert not isinstance(config, DualConfig), "it has no writer"
+    if config.kind != "dinov2" and config.pretrained_image_size not in (None, config.image_size):
+        raise ValueError(
+            f"model.vision.pretrained_image_size={config.pretrained_image_size}: its positions are stretched to "
+            f"image_size={config.image_size}, which {_writer(config)[0]} does only when it is told to. Train with "
+            "positions of the tile's size to export it."
+        )
     if isinstance(config, SiglipConfig):
         tree["vision_use_head"] = any(key.startswith(_HEAD) for key in extra)
     return tree
+
+
+def _writer(config: AnyVisionConfig) -> tuple[str, Callable[..., Tree]]:
+    if config.kind not in _WRITERS:
+        raise ValueError(
+            f"model.vision.kind={config.kind!r}: is not written for transformers, which is done for "
+            f"{', '.join(_WRITERS)}. --part language writes the language model alone."
+        )
+    return _WRITERS[config.kind]
 
 
 def _clip(config: ClipConfig) -> Tree:

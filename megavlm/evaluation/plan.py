@@ -155,6 +155,9 @@ def _model_settings(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def _fingerprint(path: Path) -> str:
-    """Name and contents of a file, in short."""
+    """Name and contents of a file, in short; of a folder of shards, their names and sizes."""
+    if path.is_dir():
+        listed = "".join(f"{file.name} {file.stat().st_size}\n" for file in sorted(path.rglob("*.tar")))
+        return f"{path.name} (sha256 {hashlib.sha256(listed.encode()).hexdigest()[:16]})"
     with path.open("rb") as file:
         return f"{path.name} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]})"

@@ -13,6 +13,7 @@ import torch.distributed
 from rich.progress import Progress
 
 from megavlm.build import Parts
+from megavlm.checkpoint.agreement import agreed
 from megavlm.data import Conversation, ImageRef, Message, Sample, SampleError
 from megavlm.data.conversation import parse_conversation
 from megavlm.inference.generate import GREEDY, generate, stream
@@ -148,7 +149,9 @@ def answer_file(
     file = _RowFile(parts, source, rows, settings)
     num_written = num_unusable = 0
     waiting: dict[int, dict[str, Any]] = {}  # answered before a row above them
-    with _opened(output, is_writer) as out, Progress(disable=not (is_writer and sys.stdout.isatty())) as progress:
+    with agreed(f"writing {output}"):
+        opened = _opened(output, is_writer)
+    with opened as out, Progress(disable=not (is_writer and sys.stdout.isatty())) as progress:
         task = progress.add_task("answering", total=len(rows))
         for came in answer_shared(parts, range(len(rows)), file.read, file.answer, batch_size=batch_size):
             waiting |= dict(came)

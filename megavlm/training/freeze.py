@@ -1,6 +1,8 @@
 """Which parts of a model train in a stage, and how fast."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from typing import Any
 
 import torch
 

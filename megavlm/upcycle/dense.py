@@ -18,16 +18,15 @@ from megavlm.checkpoint.release import ReleaseTensor
 from megavlm.checkpoint.weights import CheckpointWeights
 from megavlm.checkpoint.writer import EXTRA_NAME
 from megavlm.config import ConfigT, load_recipe, save_recipe
-from megavlm.convert.from_hf import Incoming, open_folder
-from megavlm.convert.parts import MODEL_NAME, ModelFile, ModelParts, weight_shapes
+from megavlm.convert.from_hf import open_folder
+from megavlm.convert.incoming import Incoming
+from megavlm.convert.parts import EMBEDDING, MODEL_NAME, RECIPE_NAME, ModelFile, ModelParts, weight_shapes
 from megavlm.convert.read_hf import CONFIG_NAME
-from megavlm.convert.to_hf import RECIPE_NAME
 from megavlm.models.language import LanguageConfig
 from megavlm.models.part import part_of
 from megavlm.recipe import Recipe
 
 MOE_OVERRIDE = "model.language.moe."
-_EMBEDDING = "language.embedding.word_embeddings.weight"
 # Written anew, or belonging to a run's step and not to its weights.
 _NOT_COPIED = {
     MANIFEST_NAME,
@@ -70,7 +69,7 @@ class DenseModel:
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
-        return self.tensors[_EMBEDDING].shape[0]
+        return self.tensors[EMBEDDING].shape[0]
 
 
 def open_dense(source: Path, target: Path, overrides: Sequence[str] = (), *, keeps_step: bool = False) -> DenseModel:
@@ -161,7 +160,7 @@ def _check_weights(weights: CheckpointWeights, parts: ModelParts) -> dict[str, R
     Raises:
         ValueError: a tensor is missing, has another shape, or would be left out.
     """
-    shapes = weight_shapes(parts, weights.template(_EMBEDDING).shape[0] if _EMBEDDING in weights else 1)
+    shapes = weight_shapes(parts, weights.template(EMBEDDING).shape[0] if EMBEDDING in weights else 1)
     remedy = "Its recipe or the overrides are not of these weights: check them."
     tensors = {}
     for key, wanted in shapes.items():

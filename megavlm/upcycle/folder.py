@@ -13,10 +13,9 @@ from megavlm.checkpoint.release import RunState, write_release
 from megavlm.checkpoint.weights import CheckpointWeights
 from megavlm.config import dump_recipe
 from megavlm.convert.carried import CARRIED_NAME, write_carried
-from megavlm.convert.parts import MODEL_NAME, ModelFile, weight_shapes
+from megavlm.convert.parts import MODEL_NAME, RECIPE_NAME, ModelFile, weight_shapes
 from megavlm.convert.receipt.output import MAX_RELATIVE_DIFFERENCE
 from megavlm.convert.staging import progress_bar, staged
-from megavlm.convert.to_hf import RECIPE_NAME
 from megavlm.models.language import LanguageConfig
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER

@@ -1,6 +1,7 @@
 """Writes tokenizer, chat template and processor of an exported model.
 
-The processor's code (``published_code/``) travels inside the folder, and gives the tokens and tiles that the run had.
+A processor of ours, whose code (``published_code/``) travels inside the folder, gives the tokens and tiles that the run
+had; where one of ``transformers`` gives them too, the folder names both, and ``trust_remote_code=True`` chooses ours.
 """
 
 import itertools
@@ -14,13 +15,15 @@ import transformers
 from megavlm.checkpoint import durable
 from megavlm.convert.processor.chat_jinja import chat_jinja
 from megavlm.convert.processor.sentencepiece_json import SentencePieceFile
+from megavlm.convert.processor.stock import StockProcessor, find_stock, first_stock_difference, grid_processor
 from megavlm.convert.published_code import text_megavlm
 from megavlm.data import SampleProcessor, Tokenizer
 from megavlm.data.chat_template import CHAT_TEMPLATES, Special
+from megavlm.data.config import DataConfig
 from megavlm.data.expansion import IMAGE_WRAPPERS, special_token_id
-from megavlm.data.tilings import DynamicTilingConfig, TilingConfig
+from megavlm.data.tilings import DynamicTilingConfig, TilingConfig, WholeTilingConfig
 from megavlm.data.tokenizers import SentencePieceTokenizer
-from megavlm.models.vision import AnyVisionConfig
+from megavlm.models.vision.dual import DualConfig
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
 
@@ -35,7 +38,8 @@ PROCESSOR_FILES = (
 """What a published folder may hold for its processor, tokenizer and chat template aside; the last three are ours."""
 CODE_FILES = PROCESSOR_FILES[3:]
 _CODE_FOLDER = Path(text_megavlm.__file__).parent
-_PIL_BICUBIC = 3
+_TAG_STYLES = ("none", "1d", "2d_grid", "2d_box")
+"""Those that ``tiles_megavlm.py`` writes."""
 _SAMPLES = (
     "The quick brown fox jumps over the lazy dog.",
     "  two  spaces, a\ttab and\n\na line break ",
@@ -44,7 +48,9 @@ _SAMPLES = (
 )
 
 
-def write_processor(folder: Path, recipe: Recipe, tokenizer: Tokenizer, parts: tuple[str, ...]) -> None:
+def write_processor(
+    folder: Path, recipe: Recipe, tokenizer: Tokenizer, parts: tuple[str, ...], architecture: str | None = None
+) -> None:
     """Write what makes model inputs of a question, as the recipe's ``data`` part does.
 
     Args:
@@ -52,11 +58,13 @@ def write_processor(folder: Path, recipe: Recipe, tokenizer: Tokenizer, parts: t
         recipe: of the run.
         tokenizer: of the run.
         parts: those that the folder holds: a part of a model takes no prompts with images.
+        architecture: class of the exported model.
     """
-    vision, data = recipe.model.vision, recipe.data
+    data = recipe.data
     shown = folder.name.partition(".writing-")[0]
-    if "vision" in parts:
-        _write_image_processor(folder, vision, data.tiling)
+    image_processor = grid_processor(recipe)
+    if "vision" in parts and image_processor is not None:
+        _write_json(folder / "preprocessor_config.json", image_processor)
     if "language" not in parts:
         return
     try:
@@ -64,8 +72,9 @@ def write_processor(folder: Path, recipe: Recipe, tokenizer: Tokenizer, parts: t
     except ValueError as error:
         LOGGER.warning("%s: neither tokenizer.json nor processor files are written: %s", shown, error)
         return
-    settings = _settings(recipe, tokenizer, published)
-    differing = _first_difference(text_megavlm.PromptText(published, settings), tokenizer)
+    settings = _text_settings(recipe, tokenizer, published)
+    text = text_megavlm.PromptText(published, settings)
+    differing = _first_difference(text, tokenizer)
     if differing is not None:
         LOGGER.warning(
             "%s: no processor files are written: transformers' %s encodes %r otherwise than training did",
@@ -79,17 +88,21 @@ def write_processor(folder: Path, recipe: Recipe, tokenizer: Tokenizer, parts: t
         template, lambda special: _spell(special, tokenizer, published), settings["image_token"], data.system_prompt
     )
     durable.replace_file(folder / "chat_template.jinja", jinja.encode())
-    if "vision" in parts:
-        _write_own(folder, settings)
-        LOGGER.info(
-            "%s: AutoProcessor.from_pretrained(..., trust_remote_code=True) gives the prompts and tiles of training; "
-            "the processor is the folder's own, as none of transformers' writes image_wrapper=%s as text, "
-            "tile_tags=%s and at most %d tokens",
-            shown,
-            data.image_wrapper,
-            data.tile_tags,
-            data.seq_length,
-        )
+    if "vision" not in parts:
+        return
+    unable = _beyond_own(data)
+    if unable:
+        LOGGER.warning("%s: no processor files are written: an exported one does not know %s", shown, "; ".join(unable))
+        return
+    stock, reasons = find_stock(architecture, recipe, tokenizer, published)
+    if stock is not None:
+        samples, count = _SAMPLES[:-1], recipe.model.tokens_per_tile
+        differing = first_stock_difference(stock, text, published, jinja, samples, count)
+        if differing is not None:
+            reasons = [f"{stock.class_name} encodes {differing!r} otherwise than training did"]
+            stock = None
+    _write_processors(folder, _image_settings(recipe) | settings, stock)
+    _announce(shown, stock, reasons)
 
 
 def stop_token_ids(recipe: Recipe, tokenizer: Tokenizer) -> list[int]:
@@ -120,13 +133,10 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, image_token: str) -> An
     return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _settings(recipe: Recipe, tokenizer: Tokenizer, published: Any) -> dict[str, Any]:
-    """What ``processing_megavlm.py`` must know."""
+def _image_settings(recipe: Recipe) -> dict[str, Any]:
+    """What ``processing_megavlm.py`` must know of tiles."""
     data, vision, route = recipe.data, recipe.model.vision, recipe.model.fusion.tile_route
-    ids = {spelling: tokenizer.special_id(spelling) for spelling in published.get_vocab()}
-    file = None
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        file = SentencePieceFile(Path(published.name_or_path) / "tokenizer.model")
+    assert not isinstance(vision, DualConfig), "no such model is exported whole"
     return {
         "tile_size": vision.image_size,
         "tokens_per_tile": recipe.model.tokens_per_tile,
@@ -135,12 +145,22 @@ def _settings(recipe: Recipe, tokenizer: Tokenizer, published: Any) -> dict[str,
         **_tiling(data.tiling),
         "tile_tags": data.tile_tags,
         "thumbnail_tag": data.thumbnail_tag,
-        "image_wrapper": list(IMAGE_WRAPPERS[data.image_wrapper]),
-        "image_token": published.convert_ids_to_tokens(tokenizer.image_token_id),
         "seq_length": data.seq_length,
         "context_tiles": route.context_tiles,
         "context_tags": route.context_tags,
         "text_sees": route.text_sees,
+    }
+
+
+def _text_settings(recipe: Recipe, tokenizer: Tokenizer, published: Any) -> dict[str, Any]:
+    """What it and ``text_megavlm.py`` must know of text."""
+    ids = {spelling: tokenizer.special_id(spelling) for spelling in published.get_vocab()}
+    file = None
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        file = SentencePieceFile(Path(published.name_or_path) / "tokenizer.model")
+    return {
+        "image_wrapper": list(IMAGE_WRAPPERS[recipe.data.image_wrapper]),
+        "image_token": published.convert_ids_to_tokens(tokenizer.image_token_id),
         "bos_id": tokenizer.bos_id,
         "pad_id": tokenizer.pad_id,
         "reserved": {spelling: index for spelling, index in sorted(ids.items()) if index is not None},
@@ -171,40 +191,51 @@ def _spell(special: Special, tokenizer: Tokenizer, published: Any) -> str:
     return str(published.convert_ids_to_tokens(special_token_id(special, tokenizer)))
 
 
-def _write_own(folder: Path, settings: Mapping[str, Any]) -> None:
-    """The processor's settings and code, which imports its neighbours from the folder that it lies in."""
-    tree = {
+def _write_processors(folder: Path, settings: Mapping[str, Any], stock: StockProcessor | None) -> None:
+    """Our processor's settings and code, which imports its neighbours from the folder it lies in; and the stock one's.
+
+    Of the two that ``processor_config.json`` names, ``transformers`` takes the stock one if remote code is not trusted.
+    """
+    tree: dict[str, Any] = {
         "processor_class": "MegaVLMProcessor",
         "auto_map": {"AutoProcessor": "processing_megavlm.MegaVLMProcessor"},
         "settings": settings,
     }
-    durable.write_file(folder / "processor_config.json", _json(tree))
+    if stock is not None:
+        tree |= {"processor_class": stock.class_name, **stock.settings}
+        path = folder / "tokenizer_config.json"
+        _write_json(path, json.loads(path.read_text(encoding="utf-8")) | dict(stock.tokenizer))
+        _write_json(folder / "preprocessor_config.json", stock.image_processor)
+    _write_json(folder / "processor_config.json", tree)
     for name in CODE_FILES:
         durable.copy_file(_CODE_FOLDER / name, folder / name)
 
 
-def _write_image_processor(folder: Path, vision: AnyVisionConfig, tiling: TilingConfig) -> None:
-    """The image processor of transformers that cuts the same tiles, if there is one."""
-    cut = _tiling(tiling)
-    if cut["max_tiles"] > 1 and not cut["use_thumbnail"]:
+def _announce(shown: str, stock: StockProcessor | None, reasons: list[str]) -> None:
+    """Say which processors the folder has, and what the stock one does not do, or why there is none."""
+    LOGGER.info("%s: AutoProcessor with trust_remote_code=True gives the prompts and tiles of training", shown)
+    if stock is None:
+        LOGGER.info("%s: no processor of transformers does: %s", shown, "; ".join(reasons))
         return
-    tree = {
-        "image_processor_type": "GotOcr2ImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": vision.image_size, "width": vision.image_size},
-        "resample": _PIL_BICUBIC,
-        "crop_to_patches": cut["max_tiles"] > 1,
-        "min_patches": cut["min_tiles"],
-        "max_patches": cut["max_tiles"],
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(vision.image_mean),
-        "image_std": list(vision.image_std),
-    }
-    durable.write_file(folder / "preprocessor_config.json", _json(tree))
+    notes = [
+        "special tokens spelt in messages are not taken apart, nor is transparency laid on white",
+        *stock.notes,
+    ]
+    LOGGER.info("%s: without it transformers' %s gives the same, but: %s", shown, stock.class_name, "; ".join(notes))
 
 
-def _json(tree: Mapping[str, Any]) -> bytes:
-    return (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode()
+def _beyond_own(data: DataConfig) -> list[str]:
+    """What of the ``data`` part our exported processor does not do."""
+    found = []
+    if not isinstance(data.tiling, DynamicTilingConfig | WholeTilingConfig):
+        found.append(f"data.tiling.kind={data.tiling.kind}")
+    if data.tile_tags not in _TAG_STYLES:
+        found.append(f"data.tile_tags={data.tile_tags}")
+    for name in ("max_tiles_per_sample", "split_below_images", "split_last_images"):
+        if (value := getattr(data, name)) is not None:
+            found.append(f"data.{name}={value}")
+    return found
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    durable.replace_file(path, (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode())

@@ -2,7 +2,7 @@
 
 Sources: the model file's own description (sentencepiece_model.proto of google/sentencepiece 0.2) and the tokenizers
 library, whose Unigram and BPE are those of SentencePiece. Known to differ: text that spells a byte piece (``<0x41>``)
-is one token there.
+is one token there, and decoding bytes that make no character spoils all bytes beside them.
 """
 
 from collections.abc import Collection

@@ -2,10 +2,10 @@
 
 Read from ``models/llava/processing_llava.py`` and ``models/internvl/processing_internvl.py`` of transformers 5.23. A
 stock processor needs no ``trust_remote_code``, and it is what vLLM looks for. Two things are beyond each of them, and
-named in the log: a special token spelt inside a message is one there, and transparent images lie on black.
+named in the log: a special token spelt inside a message is one there, and transparency is dropped (ours lies on white).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from megavlm.data import Tokenizer
 from megavlm.data.config import DataConfig
 from megavlm.data.expansion import IMAGE_WRAPPERS
 from megavlm.data.tilings import DynamicTilingConfig, WholeTilingConfig
-from megavlm.models.vision import AnyVisionConfig
+from megavlm.models.vision import SingleVisionConfig
+from megavlm.models.vision.dual import DualConfig
 from megavlm.recipe import Recipe
 
 _PIL_BICUBIC = 3
@@ -60,10 +61,11 @@ def find_stock(
 def _llava(recipe: Recipe, tokenizer: Tokenizer, published: Any) -> tuple[StockProcessor | None, list[str]]:
     vision, data = recipe.model.vision, recipe.data
     reasons = _reasons(data, "none")
-    if _most_tiles(data) > 1:
-        reasons.append(f"it makes one tile of an image, not data.tiling.kind={data.tiling.kind!r}")
+    if not _is_one_tile(data):
+        reasons.append(f"it stretches an image to one tile, which data.tiling.kind={data.tiling.kind} does not")
     if reasons:
         return None, reasons
+    assert not isinstance(vision, DualConfig), "no such model is exported"
     keeps_all = vision.keep_class_token or not vision.has_class_token
     stock = StockProcessor(
         class_name="LlavaProcessor",
@@ -85,14 +87,14 @@ def _internvl(recipe: Recipe, tokenizer: Tokenizer, published: Any) -> tuple[Sto
     reasons = _reasons(data, "internvl")
     image_processor = grid_processor(recipe)
     if image_processor is None:
-        reasons.append(f"its image processor cuts other tiles than data.tiling={data.tiling!r}")
+        reasons.append(f"its image processor cuts other tiles than data.tiling.kind={data.tiling.kind}")
     lacking = [spelling for spelling in (before, after, _VIDEO_TOKEN) if tokenizer.special_id(spelling) is None]
     if lacking:
         reasons.append(f"it needs {', '.join(lacking)} as special tokens, and the tokenizer has none")
     if reasons or image_processor is None:
         return None, reasons
     notes = ["it needs torchvision, as its class does; without it, trust_remote_code=True"]
-    if _most_tiles(data) > 1:
+    if not _is_one_tile(data):
         notes.append(f"prompts of more than data.seq_length={data.seq_length} tokens keep all of their tiles")
     stock = StockProcessor(
         class_name="InternVLProcessor",
@@ -128,11 +130,12 @@ def _reasons(data: DataConfig, wrapper: str) -> list[str]:
     return reasons
 
 
-def _most_tiles(data: DataConfig) -> int:
-    return 1 if isinstance(data.tiling, WholeTilingConfig) else data.tiling.build(1).max_tiles
+def _is_one_tile(data: DataConfig) -> bool:
+    tiling = data.tiling
+    return isinstance(tiling, WholeTilingConfig) or (isinstance(tiling, DynamicTilingConfig) and tiling.max_tiles == 1)
 
 
-def _one_tile(vision: AnyVisionConfig) -> dict[str, Any]:
+def _one_tile(vision: SingleVisionConfig) -> dict[str, Any]:
     """Of CLIP or SigLIP: the whole image stretched to one tile."""
     side = {"height": vision.image_size, "width": vision.image_size}
     tree = {"image_processor_type": "SiglipImageProcessor" if vision.kind == "siglip" else "CLIPImageProcessor"}
@@ -141,7 +144,9 @@ def _one_tile(vision: AnyVisionConfig) -> dict[str, Any]:
 
 def grid_processor(recipe: Recipe) -> dict[str, Any] | None:
     """The ``preprocessor_config.json`` of InternVL's grids; None where ``transformers`` cuts other tiles."""
-    tiling = recipe.data.tiling
+    tiling, vision = recipe.data.tiling, recipe.model.vision
+    if isinstance(vision, DualConfig):
+        return None
     if isinstance(tiling, WholeTilingConfig):
         tiling = DynamicTilingConfig(max_tiles=1)
     if not isinstance(tiling, DynamicTilingConfig) or (tiling.max_tiles > 1 and not tiling.use_thumbnail):
@@ -151,10 +156,10 @@ def grid_processor(recipe: Recipe) -> dict[str, Any] | None:
         "min_patches": tiling.min_tiles,
         "max_patches": tiling.max_tiles,
     }
-    return {"image_processor_type": "GotOcr2ImageProcessor"} | grid | _pixels(recipe.model.vision)
+    return {"image_processor_type": "GotOcr2ImageProcessor"} | grid | _pixels(vision)
 
 
-def _pixels(vision: AnyVisionConfig) -> dict[str, Any]:
+def _pixels(vision: SingleVisionConfig) -> dict[str, Any]:
     return {
         "do_convert_rgb": True,
         "do_resize": True,
@@ -169,7 +174,7 @@ def _pixels(vision: AnyVisionConfig) -> dict[str, Any]:
 
 
 def first_stock_difference(
-    stock: StockProcessor, text: PromptText, published: Any, jinja: str, samples: list[str], tokens_per_tile: int
+    stock: StockProcessor, text: PromptText, published: Any, jinja: str, samples: Sequence[str], tokens_per_tile: int
 ) -> str | None:
     """Return the first sample that a stock processor reads otherwise than training, alone or behind an image.
 

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from megavlm.convert.own_layout import ARCHITECTURE
+from megavlm.convert.parts import EMBEDDING
 from megavlm.convert.receipt.document import Receipt
 from megavlm.convert.receipt.ours import ask_ours
 from megavlm.convert.receipt.output import NUM_NEW_TOKENS, OutputRow, compare_outputs
@@ -15,8 +16,6 @@ from megavlm.convert.receipt.pair import Pair, find_pair
 from megavlm.convert.receipt.probe import Probes, make_probes
 from megavlm.convert.receipt.tensor import TensorRow, compare_tensors
 from megavlm.convert.receipt.theirs import Reload, ReloadError, ask_theirs, why_not_asked
-
-_EMBEDDING = "language.embedding.word_embeddings.weight"
 
 
 def make_receipt(source: Path, target: Path, overrides: Sequence[str] = ()) -> Receipt:
@@ -82,7 +81,7 @@ def _ask_both(pair: Pair, rows: Sequence[TensorRow]) -> _Said:
         reload, theirs = ask_theirs(pair, probes, NUM_NEW_TOKENS)
     except ReloadError as error:
         return _Said(not_compared=probes.not_compared, faults=[str(error)])
-    num_rows = pair.weights.template(_EMBEDDING).shape[0] if pair.parts.language is not None else 0
+    num_rows = pair.weights.template(EMBEDDING).shape[0] if pair.parts.language is not None else 0
     dtypes = {row.key: getattr(torch, row.dtype) for row in rows}
     ours = ask_ours(pair, probes, num_rows, dtypes, NUM_NEW_TOKENS)
     outputs = compare_outputs(probes.probes, theirs, ours)
@@ -93,7 +92,7 @@ def _ask_both(pair: Pair, rows: Sequence[TensorRow]) -> _Said:
 def _probes(pair: Pair) -> Probes:
     vocab_size = 0
     if pair.parts.language is not None:
-        name = pair.table.find(_EMBEDDING)[1][0]
+        name = pair.table.find(EMBEDDING)[1][0]
         spellings = {pair.table.in_table_spelling(given): given for given in pair.published}
         vocab_size = pair.published.templates[spellings[name]].shape[0]
     image_token_id = -1

@@ -7,13 +7,10 @@ from pathlib import Path
 from megavlm.checkpoint import RunFolder, find_checkpoint
 from megavlm.checkpoint.folder import RELEASE
 from megavlm.checkpoint.weights import CheckpointWeights
-from megavlm.config import load_recipe
 from megavlm.convert.families import FAMILIES, family_of
-from megavlm.convert.parts import MODEL_NAME, ModelFile, ModelParts
+from megavlm.convert.parts import ModelParts, read_model
 from megavlm.convert.read_hf import CONFIG_NAME, PublishedFolder
-from megavlm.convert.to_hf import RECIPE_NAME
 from megavlm.convert.weight_map import WeightMap
-from megavlm.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ def find_pair(source: Path, target: Path, overrides: Sequence[str] = ()) -> Pair
     family = family_of(published.config)
     stated = family.read(published.config)
     names = [*stated, "fusion"] if len(stated) > 1 else list(stated)
-    parts = _read_parts(checkpoint, () if is_import else overrides).only(*names)
+    parts = read_model(checkpoint, () if is_import else overrides)[0].model.only(*names)
     lacking = [name for name in stated if getattr(parts, name) is None]
     if lacking:
         raise ValueError(
@@ -80,9 +77,3 @@ def _find_checkpoint(path: Path) -> Path:
     if found is None:
         raise ValueError(f"{path}: holds no checkpoint and no {CONFIG_NAME}. Check the path.")
     return found
-
-
-def _read_parts(checkpoint: Path, overrides: Sequence[str]) -> ModelParts:
-    if (checkpoint / MODEL_NAME).is_file():
-        return load_recipe(checkpoint / MODEL_NAME, overrides, ModelFile).model
-    return ModelParts.of(load_recipe(checkpoint / RECIPE_NAME, overrides, Recipe).model)

@@ -14,6 +14,7 @@ from megavlm.data.image import load_image
 from megavlm.data.tilings.layout import TileLayout, cut_tiles
 from megavlm.data.tokenizers import HuggingFaceTokenizerConfig, SentencePieceTokenizerConfig, Tokenizer
 from megavlm.models.vision import AnyVisionConfig
+from megavlm.models.vision.dual import DualConfig
 from megavlm.models.vlm import VLMConfig
 
 SENTENCES = (
@@ -127,6 +128,7 @@ def _expand(model: VLMConfig, layout: TileLayout, around: Sequence[Tensor], imag
 
 def _tiles(name: str, vision: AnyVisionConfig, layout: TileLayout) -> tuple[Tensor, Tensor]:
     """A picture as tiles ``[T, 3, H, W]`` of bytes, and as pixel values."""
+    assert not isinstance(vision, DualConfig), "no published folder holds one"
     image = load_image(str(get_sample_data(name, asfileobj=False)))
     tile = cut_tiles(image, layout, vision.image_size)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (vision.image_mean, vision.image_std))

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megavlm.convert.parts import EMBEDDING, OUTPUT_LAYER
 from megavlm.convert.receipt.pair import Pair
 from megavlm.convert.staging import progress_bar
 from megavlm.convert.weight_map import WeightReader
 from megavlm.models.part import part_of
 
-_EMBEDDING = "language.embedding.word_embeddings.weight"
-_OUTPUT = "language.output_layer.weight"
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 _LAYER = re.compile(r"(.*?\blayers\.\d+)\.")
 
@@ -95,8 +94,8 @@ def compare_tensors(pair: Pair) -> tuple[list[TensorRow], list[Unmapped]]:
         if part_of(key) not in pair.parts.weight_parts
     ]
     language = pair.parts.language
-    if language is not None and language.share_embeddings_and_output_weights and _OUTPUT not in pair.weights:
-        unmapped.append(Unmapped(_OUTPUT, "ours", f"tied: is {_EMBEDDING}"))
+    if language is not None and language.share_embeddings_and_output_weights and OUTPUT_LAYER not in pair.weights:
+        unmapped.append(Unmapped(OUTPUT_LAYER, "ours", f"tied: is {EMBEDDING}"))
     return rows, unmapped + _unmapped_names(pair, reader)
 
 
@@ -129,7 +128,7 @@ def _compare(pair: Pair, reader: WeightReader, key: str) -> TensorRow:
         return TensorRow(key, (), (), "", problem=str(error))
     ours, notes = pair.weights[key], []
     num_new = ours.shape[0] - theirs.shape[0]
-    if pair.is_import and key in (_EMBEDDING, _OUTPUT) and num_new > 0:
+    if pair.is_import and key in (EMBEDDING, OUTPUT_LAYER) and num_new > 0:
         notes.append(f"{num_new} of our {ours.shape[0]} rows are new")
         ours = ours[: theirs.shape[0]]
     dtype = _name(theirs.dtype)

@@ -15,6 +15,7 @@ from megavlm.convert.own_layout import ARCHITECTURE, foreign_code
 from megavlm.convert.receipt.output import Answers
 from megavlm.convert.receipt.pair import Pair
 from megavlm.convert.receipt.probe import Probes
+from megavlm.models.vision.dual import DualConfig
 
 _PROGRAM = Path(__file__).with_name("reload.py")
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -64,6 +65,7 @@ def ask_theirs(pair: Pair, probes: Probes, num_new_tokens: int) -> tuple[Reload,
         ReloadError: the process failed; ends with its last line.
     """
     vision = pair.parts.vision
+    assert not isinstance(vision, DualConfig), "no published folder holds one"
     request = {
         "folder": str(pair.published.path.absolute()),
         "architecture": "AutoModelForImageTextToText" if pair.architecture == ARCHITECTURE else pair.architecture,

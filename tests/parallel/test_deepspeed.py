@@ -43,6 +43,7 @@ CASES: dict[str, tuple[str, int, tuple[int, ...], dict[str, Any], dict[str, Any]
     "offloaded_optimizer": ("D", 2, (1, 2), {}, {"offload_optimizer": "cpu"}, ALL_PARTS),
     "offloaded": ("D", 2, (3,), {}, {"offload_optimizer": "cpu", "offload_param": "cpu", **CUT_SMALL}, ALL_PARTS),
 }
+NUM_STEPS = {"dp2": 20, "dp2_X": 20, "tp2": 20}
 TESTED = [(name, stage) for name, case in CASES.items() for stage in case[2]]
 
 # Worst seen over 4 steps: loss 8.2e-8, gradient norm 2.1e-7 (relative): float32 sums in another order.
@@ -93,10 +94,11 @@ def curve(
 @functools.cache
 def reference(name: str) -> np.ndarray:
     model, world_size, _, shared, _, trainable = CASES[name]
-    return np.array(run_ranks(curve, world_size, shared, model, trainable)[0])
+    return np.array(run_ranks(curve, world_size, shared, model, trainable, NUM_STEPS.get(name, 4))[0])
 
 
 def assert_close(found: Any, expected: np.ndarray) -> None:
+    assert len(found) == len(expected)
     np.testing.assert_allclose(np.array(found)[:, 0], expected[:, 0], rtol=LOSS_TOLERANCE)
     np.testing.assert_allclose(np.array(found)[:, 1], expected[:, 1], rtol=NORM_TOLERANCE)
 
@@ -105,9 +107,18 @@ def assert_close(found: Any, expected: np.ndarray) -> None:
 def test_trains_as_the_megatron_engine(name: str, stage: int) -> None:
     model, world_size, _, shared, own, trainable = CASES[name]
     config = {"kind": "deepspeed", "zero_stage": stage, **shared, **own}
-    for found in run_ranks(curve, world_size, config, model, trainable):
+    for found in run_ranks(curve, world_size, config, model, trainable, NUM_STEPS.get(name, 4)):
         assert_close(found, reference(name))
     assert reference(name)[0, 1] > 1.0 or name.endswith("_only"), "nothing is clipped"
+
+
+# Worst seen: 0 at stages 1 and 2; 1.2e-4 at stage 3, whose gathered weights lie elsewhere in memory: bfloat16 products
+# of the same numbers are rounded otherwise there.
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_tracks_the_megatron_engine(stage: int) -> None:
+    [expected, _] = run_ranks(curve, 2, {"precision": "bf16"})
+    [found, _] = run_ranks(curve, 2, {"kind": "deepspeed", "zero_stage": stage, "precision": "bf16"})
+    np.testing.assert_allclose(np.array(found)[:, 0], np.array(expected)[:, 0], rtol=5e-3 if stage == 3 else 1e-6)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

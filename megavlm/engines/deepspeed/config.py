@@ -41,7 +41,8 @@ class DeepSpeedEngineConfig(MegatronEngineConfig):
     def _stage_is_right(self) -> "DeepSpeedEngineConfig":
         if self.zero_stage not in (1, 2, 3):
             why = (
-                "without ZeRO, DeepSpeed counts Adam's steps wrongly in bfloat16. Choose 1, 2 or 3, or engine.kind=megatron"
+                "without ZeRO, DeepSpeed counts Adam's steps wrongly in bfloat16. Choose 1, 2 or 3, or "
+                "engine.kind=megatron"
                 if self.zero_stage == 0
                 else "is no stage of ZeRO. Choose 1, 2 or 3"
             )
@@ -65,8 +66,8 @@ class DeepSpeedEngineConfig(MegatronEngineConfig):
             raise ValueError("engine.nvme_path: is not given, and nvme is offloaded to. Give a folder on a local disk.")
         if self.nvme_path is not None and not uses_nvme:
             raise ValueError(
-                f"engine.nvme_path={self.nvme_path}: nothing is offloaded there. Set offload_optimizer or offload_param "
-                "to nvme, or leave it out."
+                f"engine.nvme_path={self.nvme_path}: nothing is offloaded there. Set offload_optimizer or "
+                "offload_param to nvme, or leave it out."
             )
         return self
 
@@ -148,7 +149,8 @@ class DeepSpeedEngineConfig(MegatronEngineConfig):
             "gradient_accumulation_steps": 1,
             "gradient_clipping": clip_grad,
             "zero_optimization": zero,
-            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, and nothing has to be compiled
+            # torch's fused AdamW runs on CPUs too, and nothing has to be compiled for it
+            "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": is_bf16, "check_grad_overflow": True} if is_bf16 else {"enabled": False},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",

@@ -21,7 +21,6 @@ from megavlm.engines.deepspeed.config import DeepSpeedEngineConfig
 from megavlm.engines.deepspeed.zero import Zero
 from megavlm.engines.megatron import MegatronEngine, counted
 from megavlm.runtime.process import before_stop
-from megavlm.runtime.sharding import sharding_metadata
 
 
 class DeepSpeedEngine(MegatronEngine):
@@ -146,8 +145,8 @@ class DeepSpeedEngine(MegatronEngine):
         """
         if with_optimizer and self.config.offload_optimizer == "nvme":
             raise ValueError(
-                "engine.offload_optimizer=nvme: a run cannot be resumed onto NVMe. Resume it with offload_optimizer=cpu,"
-                " or start from its weights (checkpoint.pretrained_checkpoint)."
+                "engine.offload_optimizer=nvme: a run cannot be resumed onto NVMe. Resume it with "
+                "offload_optimizer=cpu, or start from its weights (checkpoint.pretrained_checkpoint)."
             )
         if with_optimizer:
             guards.check_optimizer_state(state["optimizer"])

@@ -1,13 +1,13 @@
 """The training state of a DeepSpeed run in the form of the megatron engine's checkpoints.
 
 Keys, shapes and common part are those that megatron-core's distributed optimizer writes, so each engine takes up the
-other's runs. A tensor is gathered whole, one after the other, and kept by one data-parallel rank alone, on the CPU: each
-rank holds and writes about its share of the whole.
+other's runs. A tensor is gathered whole, one after the other, and kept by one data-parallel rank alone, on the CPU:
+each rank holds and writes about its share of the whole.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core import parallel_state
@@ -20,7 +20,7 @@ from megavlm.runtime.sharding import sharding_metadata
 MOMENTS = ("param", "exp_avg", "exp_avg_sq")
 """What the optimizer keeps of each parameter, by megatron-core's names."""
 
-Sharded = ShardedTensor | ShardedTensorFactory
+Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 _ELSEWHERE = object()
 

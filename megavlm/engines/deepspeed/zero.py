@@ -88,8 +88,8 @@ class Zero:
         builder = self._deepspeed.ops.op_builder.AsyncIOBuilder()
         if not builder.is_compatible(verbose=False):
             raise ValueError(
-                f"engine.nvme_path={self._config.nvme_path}: DeepSpeed's async_io operator cannot be built here: libaio "
-                "is missing, or a C++ compiler. apt-get install libaio-dev g++, or offload to cpu."
+                f"engine.nvme_path={self._config.nvme_path}: DeepSpeed's async_io operator cannot be built here: "
+                "libaio is missing, or a C++ compiler. apt-get install libaio-dev g++, or offload to cpu."
             )
 
     # ---- steps -------------------------------------------------------------------------------------------------------

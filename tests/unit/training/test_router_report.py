@@ -160,7 +160,7 @@ def test_the_report_has_the_routers(recipe: Recipe, tmp_path: Path, caplog: pyte
     report_some_steps(recipe, tmp_path, make_run(moe_z_loss_coeff=1e-3))
     first, second = [record.getMessage() for record in caplog.records if "consumed samples" in record.getMessage()]
     assert first.endswith(
-        " images with fewer tiles: 0 | load balancing loss: 1.785714E+00 | z loss: 8.928571E-01 |"
+        " samples cut off: 0 | load balancing loss: 1.785714E+00 | z loss: 8.928571E-01 |"
         " router max/mean load: image 2.00 text 1.60 | dead experts: 0 | dropped tokens: 2.68% |"
     )
     assert "image 2.00 text 2.00 |" in second

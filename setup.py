@@ -34,6 +34,7 @@ setup(
         "dev": read_requirements("requirements-dev.txt"),
         "gpu": read_requirements("requirements-gpu.txt"),
         "deepspeed": read_requirements("requirements-deepspeed.txt"),
+        "filters": read_requirements("requirements-filters.txt"),
     },
     entry_points={"console_scripts": ["megavlm = megavlm.cli:main"]},
 )

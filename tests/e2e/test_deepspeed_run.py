@@ -1,5 +1,6 @@
-"""A run under the DeepSpeed engine, as a person starts it: trained, resumed, evaluated, gone on with by the other engine."""
+"""A run under the DeepSpeed engine, as a person starts it: trained, resumed, evaluated, continued by the other."""
 
+import importlib.util
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 from command_line import assert_one_error, losses
 
-pytest.importorskip("deepspeed")
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 TWO_RANKS = ("--nproc-per-node", 2)

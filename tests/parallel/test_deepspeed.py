@@ -1,6 +1,7 @@
 """The DeepSpeed engine trains as the megatron engine does, and each takes up the other's runs."""
 
 import functools
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from megavlm.models.vlm import VLM, VLMConfig
 from megavlm.runtime.seed import set_seed
 from megavlm.training.freeze import freeze_except
 
-pytest.importorskip("deepspeed")
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
 MODELS: dict[str, dict[str, Any]] = {"D": TINY, "X": X, "H": H}
 TP2 = {"tensor_model_parallel_size": 2}
@@ -46,9 +48,11 @@ CASES: dict[str, tuple[str, int, tuple[int, ...], dict[str, Any], dict[str, Any]
 NUM_STEPS = {"dp2": 20, "dp2_X": 20, "tp2": 20}
 TESTED = [(name, stage) for name, case in CASES.items() for stage in case[2]]
 
-# Worst seen over 4 steps: loss 8.2e-8, gradient norm 2.1e-7 (relative): float32 sums in another order.
+# Worst seen over 4 steps: loss 8.2e-8, gradient norm 2.1e-7 (relative); over 20 steps 1.9e-7 and 3.1e-5
+# (NVLM-X): float32 sums in another order, and what the steps before made of it.
 LOSS_TOLERANCE = 1e-6
 NORM_TOLERANCE = 5e-6
+LATE_NORM_TOLERANCE = 2e-4
 
 
 def build(config: dict[str, Any], model: str, trainable: Sequence[str]) -> tuple[MegatronEngine, VLM]:
@@ -100,7 +104,8 @@ def reference(name: str) -> np.ndarray:
 def assert_close(found: Any, expected: np.ndarray) -> None:
     assert len(found) == len(expected)
     np.testing.assert_allclose(np.array(found)[:, 0], expected[:, 0], rtol=LOSS_TOLERANCE)
-    np.testing.assert_allclose(np.array(found)[:, 1], expected[:, 1], rtol=NORM_TOLERANCE)
+    np.testing.assert_allclose(np.array(found)[:4, 1], expected[:4, 1], rtol=NORM_TOLERANCE)
+    np.testing.assert_allclose(np.array(found)[4:, 1], expected[4:, 1], rtol=LATE_NORM_TOLERANCE)
 
 
 @pytest.mark.parametrize(("name", "stage"), TESTED)

@@ -62,7 +62,7 @@ SYSTEMS = (
         "POINTS 9B",
         "points",
         ("points_9b_ocr_vit", "points_9b_pretrain", "points_9b_sft"),
-        "training three layers of one encoder; a command that puts two encoders into one model; Individual Select",
+        "training three layers of one encoder; a command that puts two encoders into one model",
     ),
     System(
         "BLIP-2",

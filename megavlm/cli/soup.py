@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megavlm.cli.argument import add_verb
-from megavlm.cli.without_cuda import restart_without_cuda
+from megavlm.cli.without_cuda import environment_before, restart_without_cuda
 from megavlm.runtime.log import start_log
 from megavlm.soup import METHODS, ScoreSettings, SoupSettings, make_soup
 from megavlm.soup.make import table_rows
@@ -50,7 +50,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 def _soup(options: argparse.Namespace) -> None:
     restart_without_cuda()
     start_log()
-    score = ScoreSettings(options.score_command, options.score_file, options.lower_is_better)
+    score = ScoreSettings(options.score_command, options.score_file, options.lower_is_better, environment_before())
     soup = make_soup(options.runs, options.target, SoupSettings(options.method, options.weights, options.top, score))
     table = Table("model", "score", "share", title=f"{options.method} soup: {soup.checkpoint}")
     for name, reached, share in table_rows(soup):

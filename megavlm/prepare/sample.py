@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from megavlm.data.conversation import parse_conversation
 from megavlm.data.image import DEFAULT_MAX_PIXELS, ImageError, load_image
+from megavlm.data.row_shape import shape_of
 from megavlm.prepare.item import Row, RowError
 
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
@@ -67,7 +69,8 @@ def make_sample(row: Row, limits: ImageLimits) -> ShardSample:
 
     content = _replace_images(row.content, store)
     named = _parse(row, content, Path())
-    assert sorted(os.path.normpath(image.source) for image in named.images) == sorted(images), row.where
+    if sorted(os.path.normpath(image.source) for image in named.images) != sorted(images):
+        raise RowError(row.where, "row_ambiguous", "names images that its texts do not use.")
     content.setdefault(_ORIGIN, row.where)
     return ShardSample(_encode(row, content), images, left_out)
 
@@ -127,23 +130,23 @@ def _replace_images(content: Mapping[str, Any], store: Callable[[str], str]) -> 
         return store(entry)
 
     row = dict(content)
-    for key in ("image", "images"):
+    shape = shape_of(row)
+    for key in ("images",) if shape == "texts" else ("image", "images"):
         value = row.get(key)
         if isinstance(value, list):
             row[key] = [replaced(image) for image in value]
         elif value not in (None, ""):
             row[key] = replaced(value)
-    for key in ("conversations", "messages"):
-        if key in row:
-            row[key] = [_with_parts(turn, replaced) for turn in row[key]]
+    if shape in ("conversations", "messages"):
+        content_key = "value" if "value" in row[shape][0] else "content"
+        row[shape] = [_with_parts(turn, content_key, replaced) for turn in row[shape]]
     return row
 
 
-def _with_parts(turn: Mapping[str, Any], replaced: Callable[[Any], Any]) -> dict[str, Any]:
-    return {
-        key: [_with_image(part, replaced) for part in value] if isinstance(value, list) else value
-        for key, value in turn.items()
-    }
+def _with_parts(turn: Mapping[str, Any], content_key: str, replaced: Callable[[Any], Any]) -> dict[str, Any]:
+    content = turn[content_key]
+    parts = [_with_image(part, replaced) for part in content] if isinstance(content, list) else content
+    return {**turn, content_key: parts}
 
 
 def _with_image(part: Any, replaced: Callable[[Any], Any]) -> Any:
@@ -185,8 +188,9 @@ class _ImageReader:
             raise self._error(error.reason, error.message) from None
         except (OSError, ValueError) as error:
             raise self._error("image_unreadable", f"image={source[:200]}: cannot be read ({error}).") from None
-        with Image.open(io.BytesIO(content)) as image:  # its header only
-            kind = image.format or "img"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it was loaded
+            kind = Image.open(io.BytesIO(content)).format or "img"
         return content, _SUFFIXES.get(kind, kind.lower())
 
     def _source(self, entry: str) -> str:

@@ -68,7 +68,8 @@ def choose_greedily(
         ValueError: a candidate has no score.
     """
     first, *others = _ranked(candidates, lower_is_better)
-    members, best = (first,), candidates[first].score
+    members: tuple[int, ...] = (first,)
+    best = candidates[first].score
     assert best is not None
     trials = []
     for other in others:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megavlm.checkpoint import RunFolder
+from megavlm.checkpoint import RunFolder, find_checkpoint
 from megavlm.checkpoint.release import write_release
 from megavlm.convert.carried import CARRIED_NAME
 from megavlm.convert.own_checkpoint import OwnCheckpoint, open_checkpoint
@@ -58,12 +58,11 @@ def make_soup(sources: Sequence[Path], target: Path, settings: SoupSettings) -> 
             nothing is left behind.
     """
     _check_options(sources, target, settings)
+    given = shares(settings.weights, len(sources)) if settings.method == "average" else None
     checkpoints = [open_checkpoint(source) for source in sources]
+    _check_once(checkpoints)
     check_alike(checkpoints)
-    candidates = tuple(
-        Candidate(str(one.source), score_model(one.path.parent, one.path, settings.score)) for one in checkpoints
-    )
-    given = shares(settings.weights, len(checkpoints)) if settings.method == "average" else None
+    candidates = tuple(Candidate(str(one.source), _own_score(one, settings)) for one in checkpoints)
 
     def mix(folder: Path, members: Sequence[int], named: Path) -> Path:
         return _write(folder, [checkpoints[place] for place in members], given, named)
@@ -88,9 +87,6 @@ def make_soup(sources: Sequence[Path], target: Path, settings: SoupSettings) -> 
 def _check_options(sources: Sequence[Path], target: Path, settings: SoupSettings) -> None:
     if len(sources) < 2:
         raise ValueError(f"runs={', '.join(map(str, sources))}: a soup is of two models or more. Name another.")
-    places = [source.resolve() for source in sources]
-    if twice := [source for source, place in zip(sources, places, strict=True) if places.count(place) > 1]:
-        raise ValueError(f"runs: {twice[0]} stands twice. Name it once, and give it more of the --weights.")
     if target.exists() or target.is_symlink():
         raise ValueError(f"target={target}: exists already. Choose another, or remove it.")
     method = settings.method
@@ -101,6 +97,40 @@ def _check_options(sources: Sequence[Path], target: Path, settings: SoupSettings
         raise ValueError(f"--method={method}: {what}. {'Give it' if method == 'maximum' else 'Leave it out'}.")
     if method == "greedy" and settings.score.command is None:
         raise ValueError("--method=greedy: scores soups while it chooses. Give --score-command.")
+
+
+def _check_once(checkpoints: Sequence[OwnCheckpoint]) -> None:
+    """Refuse a checkpoint that is named twice, by its run folder and by itself for instance.
+
+    Raises:
+        ValueError: there is one.
+    """
+    places = [one.path.resolve() for one in checkpoints]
+    if twice := [one for one, place in zip(checkpoints, places, strict=True) if places.count(place) > 1]:
+        raise ValueError(f"runs: {twice[0].path} stands twice. Name it once, and give it more of the --weights.")
+
+
+def _own_score(checkpoint: OwnCheckpoint, settings: SoupSettings) -> float | None:
+    """Score a model by itself; None where nobody has, and where nothing is chosen by it.
+
+    Raises:
+        ValueError: see :func:`score_model`; or the command would score another checkpoint of the run folder.
+    """
+    folder = checkpoint.path.parent
+    if settings.score.command is not None:
+        newest = find_checkpoint(RunFolder(folder))
+        if newest != checkpoint.path:
+            raise ValueError(
+                f"{checkpoint.source}: --score-command is given the run folder, whose newest checkpoint is {newest}. "
+                "Copy the one that you mean into a run folder of its own."
+            )
+    try:
+        return score_model(folder, checkpoint.path, settings.score)
+    except ValueError as error:
+        if settings.method != "average" or settings.score.command is not None:
+            raise
+        LOGGER.warning("no score: %s", error)  # the mean of all is the same without
+        return None
 
 
 def _choose(

@@ -5,6 +5,7 @@ import json
 import math
 import shlex
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ class ScoreSettings:
     file: str = EVALUATION_NAME
     """Results of ``megavlm eval``, in the run folder; ``{checkpoint}`` is the checkpoint's name."""
     lower_is_better: bool = False
+    environment: Mapping[str, str] | None = None
+    """Of the command; None: this process' own."""
 
 
 def score_model(folder: Path, checkpoint: Path, settings: ScoreSettings) -> float | None:
@@ -39,7 +42,7 @@ def score_model(folder: Path, checkpoint: Path, settings: ScoreSettings) -> floa
         ValueError: the command fails or tells no number, or the file is damaged or of another checkpoint.
     """
     if settings.command is not None:
-        number = _run(settings.command, folder)
+        number = _run(settings.command, folder, settings.environment)
         if number is not None:
             return number
     path = folder / settings.file.replace("{checkpoint}", checkpoint.name)
@@ -53,13 +56,13 @@ def score_model(folder: Path, checkpoint: Path, settings: ScoreSettings) -> floa
     )
 
 
-def _run(command: str, folder: Path) -> float | None:
+def _run(command: str, folder: Path, environment: Mapping[str, str] | None) -> float | None:
     """Run the command. Returns the number in its last line, if it is one."""
     if "{folder}" not in command:
         raise ValueError(f"--score-command={command}: does not name {{folder}}, the run folder to be scored. Add it.")
     try:
         words = [word.replace("{folder}", str(folder)) for word in shlex.split(command)]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     except (OSError, ValueError) as error:
         raise ValueError(f"--score-command={command}: cannot be run ({error}). Check it.") from None
     if done.returncode != 0:

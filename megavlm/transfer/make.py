@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megavlm.checkpoint import RunFolder
@@ -65,7 +66,7 @@ def transfer(
         texts = read_captions(captions)
         pairs, num_used = pairs_of_captions(texts, *tokenizers)
         LOGGER.info("%d pairs of tokens, of %d of %d captions", len(pairs), num_used, len(texts))
-    converter, fit = fit_converter(old.weights[EMBEDDING], new.weights[EMBEDDING], pairs, settings, bias=has_bias(keys))
+    converter, fit = fit_converter(_embedding(old), _embedding(new), pairs, settings, bias=has_bias(keys))
     with staged(target) as folder:
         written = _write(folder, target, parts, (old, new), keys, converter)
         report = {
@@ -109,7 +110,22 @@ def _new_parts(old: OwnCheckpoint, new: OwnCheckpoint) -> ModelParts:
             f"language={new.source}: holds {', '.join(new.model.model.names)} and no language model. Give one, for "
             "instance a Hugging Face folder through megavlm convert."
         )
+    theirs = new.model.model
+    if theirs.is_whole and theirs.whole().cross_attention_layers:
+        LOGGER.warning("%s: its cross-attention is left out; the language model takes images as tokens now", new.source)
     return parts.model_copy(update={"connector": _model_of(old).connector, "language": language})
+
+
+def _embedding(checkpoint: OwnCheckpoint) -> Tensor:
+    """Read a language model's embedding ``[V, H]``.
+
+    Raises:
+        ValueError: it holds numbers that are not finite.
+    """
+    embedding = checkpoint.weights[EMBEDDING]
+    if not torch.isfinite(embedding).all():
+        raise ValueError(f"source={checkpoint.source}: {EMBEDDING} holds numbers that are not finite. Choose another.")
+    return embedding
 
 
 def _tokenizer_of(checkpoint: OwnCheckpoint) -> Tokenizer:

@@ -52,11 +52,9 @@ def test_shards_train_as_their_rows_do(recipe: Path, shards: Path, tmp_path: Pat
     ]
 
 
-def test_perplexities_are_the_losses_of_the_engine(
-    recipe: Path, dataset: Path, tmp_path: Path, megavlm: Megavlm
-) -> None:
-    """Their mean is the validation loss of the run; two ranks score as one does, bit for bit."""
-    succeeded(megavlm("train", recipe, "training.train_iters=3"))
+def test_filters_with_a_trained_run(recipe: Path, dataset: Path, tmp_path: Path, megavlm: Megavlm) -> None:
+    """The mean of the perplexities is the validation loss; two ranks score as one does, bit for bit."""
+    succeeded(megavlm("train", recipe, "training.train_iters=3", "training.optimizer.lr_warmup_iters=1"))
     points = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     [validation] = [point["lm loss validation"] for point in points if "lm loss validation" in point]
     for name, ranks in (("one", 1), ("two", 2)):
@@ -74,28 +72,20 @@ def test_perplexities_are_the_losses_of_the_engine(
     rows = (dataset / "valid.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in kept] == [json.loads(rows[entry["number"]]) for entry in lowest]
 
-
-def test_a_run_captions_and_another_fuses(recipe: Path, dataset: Path, tmp_path: Path, megavlm: Megavlm) -> None:
-    succeeded(megavlm("train", recipe, "training.train_iters=2"))
-    rows = [{"image": str(dataset / "1_0.png"), "caption": "number one"}, {"text": "no caption"}]
-    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # the same run as both models of caption fusion
+    captions = [{"image": str(dataset / "1_0.png"), "caption": "number one"}, {"text": "no caption"}]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
     models = ("--caption-model", "run", "--language-model", "run", "--max-new-tokens", 5)
     prompt = ("--fusion-prompt", "{raw} or {described}")
-    said = succeeded(megavlm("data", "filter", "caption-fusion", "captions.jsonl", "out", *models, *prompt))
+    said = succeeded(
+        megavlm("data", "filter", "caption-fusion", "captions.jsonl", "out", *models, *prompt, timeout=300)
+    )
+    assert "images described" in said
     assert "captions fused" in said
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["num_samples"] == 2
     assert report["reasons"]["no_caption"] == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("prepare", "gone.jsonl", "out"), ("source=gone.jsonl", "is no file and no folder")),
-        (("filter", "perplexity", "rows.jsonl", "out", "--model", "none", "--keep", "2"), ("--keep=2.0",)),
-        (("filter", "near-duplicates", "rows.csv", "out"), ("source=rows.csv",)),
-        (("filter", "select", "gone.yaml", "out"), ("recipe=gone.yaml",)),
-    ],
-)
-def test_wrong_commands_end_in_one_line(megavlm: Megavlm, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
-    assert_one_error(megavlm("data", *arguments), "megavlm data ", *words)
+def test_a_wrong_command_ends_in_one_line(megavlm: Megavlm) -> None:
+    assert_one_error(megavlm("data", "prepare", "gone.jsonl", "out"), "megavlm data prepare: error: source=gone.jsonl")

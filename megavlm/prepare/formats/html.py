@@ -53,6 +53,14 @@ def _local(source: str) -> str:
     return unquote(parts.path)
 
 
+def _tidy(text: str) -> str:
+    """A text without blanks around its line breaks (but for indents) and with at most one blank line in a row."""
+    first, *lines = text.split("\n")
+    lines = [line[1:] if line.startswith(" ") and not line.startswith("  ") else line for line in lines]
+    lines = [first, *lines]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join([*(line.rstrip() for line in lines[:-1]), lines[-1]]))
+
+
 class _Page(HTMLParser):
     """Collects a page's pieces: ``(text, None)`` or ``(None, source of an image)``."""
 
@@ -71,8 +79,7 @@ class _Page(HTMLParser):
             if piece is not None:
                 text += piece
                 continue
-            text = re.sub(r" *\n *(\n *)+", "\n\n", text) if "\n" in text else text
-            text = text.lstrip() if not entries else text
+            text = _tidy(text).lstrip() if not entries else _tidy(text)
             if text.strip():
                 entries.append((text, None))
             text = ""

@@ -70,13 +70,13 @@ def split_text(text: str, most_characters: int) -> list[str]:
             at the last space, else anywhere.
     """
     documents = []
-    while len(text) > most_characters:
-        head = text[: most_characters + 1]
+    start = 0
+    while len(text) - start > most_characters:
+        head = text[start : start + most_characters + 1]
         cut = next((found.end() for found in (_last(pattern, head) for pattern in _BORDERS) if found), most_characters)
-        cut = min(cut, most_characters)
-        documents.append(text[:cut])
-        text = text[cut:]
-    return [document.strip() for document in [*documents, text] if document.strip()]
+        documents.append(head[: min(cut, most_characters)])
+        start += min(cut, most_characters)
+    return [document.strip() for document in [*documents, text[start:]] if document.strip()]
 
 
 _BORDERS = (re.compile(r"\n[ \t]*\n"), re.compile(r"\n"), re.compile(r" "))

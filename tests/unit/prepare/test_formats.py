@@ -173,3 +173,12 @@ def test_a_needed_shape_is_needed(tmp_path: Path) -> None:
     assert len(read("llava", source)) == len(read("sharegpt", source)) == 1
     with pytest.raises(RowError, match=r"the row has no messages \(keys: conversations, id\)"):
         read("openai", source)
+
+
+def test_long_runs_of_blanks_take_no_time(tmp_path: Path) -> None:
+    """Each would take minutes if its time grew with the square of its length."""
+    blanks = " " * 2_000_000
+    (tmp_path / "page.html").write_text(f"<pre>a{blanks}b\n{blanks}\n\n\nc</pre>")
+    [row] = read("html", tmp_path / "page.html")
+    assert len(row.content["texts"][0]) > 2_000_000
+    assert len(split_text("word " * 2_000_000, 1000)) > 9_000

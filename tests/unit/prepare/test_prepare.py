@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import signal
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -275,3 +276,26 @@ def test_the_files_of_energon(tmp_path: Path, rows: list[Any]) -> None:
 
 def test_every_format_is_named_in_the_help() -> None:
     assert set(FORMATS) >= {"llava", "sharegpt", "openai", "imagefolder", "html", "mmc4", "obelics", "text"}
+
+
+def _is_killed(*arguments: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_told(tmp_path: Path, rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_jsonl(tmp_path / "source/rows.jsonl", rows)
+    monkeypatch.setattr(run_module, "write_shard", _is_killed)
+    with pytest.raises(ValueError, match=r"--workers=1: one of them was ended from outside"):
+        prepare(source, tmp_path / "out", PrepareSettings(num_workers=1))
+    monkeypatch.undo()
+    assert prepare(source, tmp_path / "out", PrepareSettings(num_workers=1)).num_samples == len(rows)
+
+
+def test_a_full_disk_is_told(tmp_path: Path, rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    source = write_jsonl(tmp_path / "source/rows.jsonl", rows)
+    monkeypatch.setattr(run_module, "write_shard", fails)
+    with pytest.raises(ValueError, match=r"out=.*: cannot be written \(.*No space left on device\). Make room"):
+        prepare(source, tmp_path / "out", IN_PROCESS)

@@ -11,7 +11,7 @@ from torch import Tensor
 from megavlm.checkpoint import RunFolder
 from megavlm.checkpoint.release import ReleaseTensor, write_release
 from megavlm.config import dump_recipe, validate
-from megavlm.convert.parts import ModelParts, weight_shapes
+from megavlm.convert.parts import ModelFile, ModelParts, weight_shapes
 from megavlm.recipe import Recipe
 
 
@@ -42,8 +42,12 @@ def write_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     vocabulary: bytes = b"a b",
+    trained: bool = True,
 ) -> Path:
-    """Write ``release/`` of a model. Its numbers are ``value(key, tensor)``, or drawn. Returns the run folder."""
+    """Write ``release/`` of a model, with a recipe if it was ``trained``.
+
+    Its numbers are ``value(key, tensor)``, or drawn. Returns the run folder.
+    """
     recipe = recipe_of(model or TINY, folder)
     generator = torch.Generator().manual_seed(seed)
     shapes = weight_shapes(ModelParts.of(recipe.model), VOCAB_SIZE)
@@ -54,6 +58,10 @@ def write_model(
             return value(key, tensors[key]).to(dtype)
         return torch.randn(tensors[key].shape, generator=generator).to(dtype)
 
-    files: dict[str, bytes | Path] = {"recipe.yaml": dump_recipe(recipe).encode(), "tokenizer/vocab.txt": vocabulary}
+    files: dict[str, bytes | Path] = {"tokenizer/vocab.txt": vocabulary}
+    if trained:
+        files["recipe.yaml"] = dump_recipe(recipe).encode()
+    else:
+        files["model.yaml"] = ModelFile(model=ModelParts.of(recipe.model), tokenizer=recipe.tokenizer).dump().encode()
     write_release(RunFolder(folder), tensors, read, files)
     return folder

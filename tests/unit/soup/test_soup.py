@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tiny_vlm import TINY
 
 from megavlm.checkpoint.weights import CheckpointWeights
 from megavlm.cli import main
+from megavlm.cli.without_cuda import environment_before, restart_without_cuda
 from megavlm.config import load_recipe
 from megavlm.recipe import Recipe
 from megavlm.soup import Candidate, ScoreSettings, SoupSettings, make_soup
@@ -128,6 +130,8 @@ def test_scores_of_eval_are_read_if_they_are_of_these_weights(tmp_path: Path) ->
     write_evaluation(runs[0], 0.5, digest="0" * 16)
     with pytest.raises(ValueError, match=r"a/evaluation\.json: is of another checkpoint"):
         make_soup(runs, tmp_path / "again", SoupSettings("maximum", top=2))
+    soup = make_soup(runs, tmp_path / "mean", SoupSettings())  # nothing is chosen by scores
+    assert [candidate.score for candidate in soup.candidates] == [None, 0.3, 0.2]
     (runs[0] / "evaluation.json").write_text("{}")
     with pytest.raises(ValueError, match=r"a/evaluation\.json: is no result of megavlm eval"):
         make_soup(runs, tmp_path / "again", SoupSettings("maximum", top=2))
@@ -227,8 +231,9 @@ def test_options_that_do_not_fit(
 
 
 def test_a_model_is_named_once(runs: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"stands twice"):
-        make_soup([runs[0], runs[0]], tmp_path / "soup", SoupSettings())
+    for again in (runs[0], runs[0] / "release"):
+        with pytest.raises(ValueError, match=r"a/release stands twice"):
+            make_soup([runs[0], again], tmp_path / "soup", SoupSettings())
     with pytest.raises(ValueError, match=r"source=.*none: holds no checkpoint"):
         make_soup([runs[0], tmp_path / "none"], tmp_path / "soup", SoupSettings())
 
@@ -237,3 +242,43 @@ def test_the_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFix
     main(["soup", str(tmp_path / "soup"), str(runs[1]), str(runs[2]), "--weights", "1,3"])
     assert "average soup" in capsys.readouterr().out
     assert weights_of(tmp_path / "soup")["connector.linear_fc2.weight"].unique().tolist() == [4.5]
+
+
+def test_the_command_sees_the_devices_that_were_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes are learnt without CUDA; what scores the models is not kept from it."""
+    for before in (None, "2,3"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before or "")
+        monkeypatch.delenv("MEGAVLM_CUDA_VISIBLE_DEVICES", raising=False)
+        seen: list[dict[str, str]] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr("os.execve", lambda path, words, environment: seen.append(environment))  # noqa: B023
+        if before is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        restart_without_cuda()
+        assert seen[0]["CUDA_VISIBLE_DEVICES"] == ""
+        for name in ("CUDA_VISIBLE_DEVICES", "MEGAVLM_CUDA_VISIBLE_DEVICES"):
+            if name in seen[0]:
+                monkeypatch.setenv(name, seen[0][name])
+        assert environment_before().get("CUDA_VISIBLE_DEVICES") == before
+        assert "MEGAVLM_CUDA_VISIBLE_DEVICES" not in environment_before()
+
+
+def test_models_that_were_imported(tmp_path: Path) -> None:
+    """Such a checkpoint has a ``model.yaml`` and no recipe, and so has the soup."""
+    runs = [write_model(tmp_path / name, seed=seed, trained=False) for seed, name in enumerate("ab")]
+    soup = make_soup(runs, tmp_path / "soup", SoupSettings())
+    assert (soup.checkpoint / "model.yaml").read_bytes() == (runs[0] / "release/model.yaml").read_bytes()
+    assert not (soup.checkpoint / "recipe.yaml").exists()
+
+
+def test_checkpoints_of_one_run(tmp_path: Path) -> None:
+    """They can be mixed, but a command that is given the run folder would score the newest for both."""
+    run = write_model(tmp_path / "run", seed=1)
+    shutil.copytree(run / "release", run / "iter_0000007")
+    runs = [run / "release", run / "iter_0000007"]
+    soup = make_soup(runs, tmp_path / "soup", SoupSettings())
+    assert soup.shares == (0.5, 0.5)
+    with pytest.raises(
+        ValueError, match=r"release: --score-command is given the run folder, whose newest .*iter_0000007"
+    ):
+        make_soup(runs, tmp_path / "again", SoupSettings(score=ScoreSettings("echo 1 {folder}")))

@@ -1,6 +1,7 @@
 """VPGTrans: pairs of tokens, the converter, and what it does to each kind of connector."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +279,37 @@ def test_weight_and_bias_are_the_maps_own(models: dict[str, Path], tokenizers: d
     # the inner width was the source's language model's, and is a number of its own now
     connector_of = load_recipe(made.checkpoint / "model.yaml", [], ModelFile).model.connector
     assert getattr(connector_of, "ffn_hidden_size", None) == 32
+
+
+@pytest.mark.parametrize("which", ["source", "language"])
+def test_damage_is_found(which: str, models: dict[str, Path], tmp_path: Path) -> None:
+    damaged = {**models, which: tmp_path / which}
+    shutil.copytree(models[which], damaged[which])
+    weights = sorted((damaged[which] / "release").glob("*.distcp"))[0]
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=weights.name):
+        transfer(damaged["source"], damaged["language"], tmp_path / "out", MSE)
+
+
+def test_embeddings_that_are_not_finite(models: dict[str, Path], tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    embedding = torch.zeros(100, 48)
+    embedding[3, 4] = float("nan")
+    file = model_of("target", tokenizers["target"])
+    alone = file.model_copy(update={"model": file.model.only("language")})
+    broken = write_model(tmp_path / "broken", alone, seed=2, given={EMBEDDING: embedding})
+    with pytest.raises(ValueError, match=r"broken: language\.embedding\S+ holds numbers that are not finite"):
+        transfer(models["source"], broken, tmp_path / "out", MSE)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding(
+    models: dict[str, Path], tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    file = model_of("target", tokenizers["target"])
+    assert file.model.language is not None
+    language = file.model.language.model_copy(update={"vocab_size": 20})
+    alone = file.model_copy(update={"model": ModelParts(language=language)})
+    small = write_model(tmp_path / "small", alone, seed=2)
+    with pytest.raises(ValueError, match="vocab_size=20"):
+        transfer(models["source"], small, tmp_path / "out", MSE)

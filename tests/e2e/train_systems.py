@@ -1,0 +1,79 @@
+"""In one process: trains every small recipe of the systems for two steps, and makes a transfer and a soup between.
+
+    python train_systems.py DATASET RUNS
+
+Prints ``trained NAME`` for each recipe.
+"""
+
+import sys
+from pathlib import Path
+
+from megavlm.config import load_recipe
+from megavlm.recipe import Recipe
+from megavlm.runtime.log import start_log
+from megavlm.runtime.process import process
+from megavlm.soup import SoupSettings, make_soup
+from megavlm.training.loop import train
+from megavlm.transfer import ConverterSettings, transfer
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+# what needs what another has made comes behind it
+NAMES = (
+    "llava/tiny",
+    "vila/tiny",
+    "mm1/tiny_c_abstractor",
+    "mm1/tiny_average_pooling",
+    "mm1/tiny_attention_pooling",
+    "mm1_5/tiny",
+    "points/tiny",
+    "blip2/tiny",
+    "minigpt4/tiny",
+    "mplug_owl/tiny",
+    "mplug_owl/tiny_lora",
+    "flamingo/tiny",
+    "vpgtrans/tiny_source",
+    "vpgtrans/tiny_target",
+    "vpgtrans/tiny_warmup",
+    "vpgtrans/tiny_finetune",
+)
+
+
+def run(name: str, dataset: Path, runs: Path, *overrides: str) -> None:
+    """Train a recipe for two steps, its runs and those it starts from under ``runs``."""
+    recipe = load_recipe(EXAMPLES / f"{name}.yaml", [], Recipe)
+    started_from = [str(runs / path) for path in recipe.checkpoint.pretrained_checkpoints]
+    changes = [
+        f"tokenizer.path={dataset / 'tokenizer.model'}",
+        f"data.train={{kind: jsonl, path: {dataset / 'train.jsonl'}}}",
+        "data.valid=null",
+        "training.train_iters=2",
+        "training.global_batch_size=4",
+        "training.micro_batch_size=2",
+        "training.optimizer.lr_warmup_iters=0",
+        f"checkpoint.save={runs / recipe.checkpoint.save}",
+        f"checkpoint.pretrained_checkpoint={started_from or 'null'}",
+        "logging.tensorboard=false",
+        "logging.log_interval=1",
+        *overrides,
+    ]
+    with process(timeout_minutes=1) as me:
+        train(load_recipe(EXAMPLES / f"{name}.yaml", changes, Recipe), me)
+    print(f"trained {name}", flush=True)
+
+
+def main() -> None:
+    """See the top of the file."""
+    dataset, runs = map(Path, sys.argv[1:])
+    start_log()
+    for name in NAMES:
+        if name == "vpgtrans/tiny_warmup":
+            folder = runs / "runs/vpgtrans_tiny"
+            settings = ConverterSettings(loss="mse")
+            transfer(folder / "source", folder / "target", folder / "transferred", settings)
+        run(name, dataset, runs)
+    run("points/tiny", dataset, runs, "training.seed=2", f"checkpoint.save={runs / 'runs/points_tiny_2'}")
+    make_soup([runs / "runs/points_tiny", runs / "runs/points_tiny_2"], runs / "runs/points_soup", SoupSettings())
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,8 @@ import pydantic
 
 from megavlm.engines.config import MegatronEngineConfig, OptimizerSettings
 from megavlm.engines.deepspeed import DeepSpeedEngine, DeepSpeedEngineConfig
-from megavlm.engines.megatron import MegatronEngine, Stage, StepResult
+from megavlm.engines.megatron import MegatronEngine
+from megavlm.engines.step import Stage, StepResult
 
 ENGINES: dict[str, type] = {
     "megatron": MegatronEngineConfig,

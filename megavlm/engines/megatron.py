@@ -6,8 +6,8 @@ The same code runs on gloo and nccl. It knows nothing of what the model computes
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -22,38 +22,14 @@ from megavlm.engines import fp8, guards
 from megavlm.engines.config import MegatronEngineConfig, OptimizerSettings
 from megavlm.engines.fused_adam import FusedAdam
 from megavlm.engines.lr_scale import config_overrides
+from megavlm.engines.rank_talk import RankTalk
+from megavlm.engines.step import Stage, StepResult
 from megavlm.runtime import current_device
 from megavlm.runtime.activity import ACTIVITY, Phase
 from megavlm.runtime.sharding import sharding_metadata
 
-T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Stage:
-    """Where a model chunk stands in the pipeline: what a chunk builder needs to know."""
-
-    pre_process: bool
-    post_process: bool
-    vp_stage: int | None
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did. The same on every rank."""
-
-    loss: float
-    """Mean loss of the trained tokens of the global batch, each by its weight; 0.0 if there were none."""
-    num_trained_tokens: int
-    grad_norm: float
-    """Global norm before clipping; nan or inf if the step was skipped for it; 0.0 if nothing was trained."""
-    skip_reason: str | None
-    """Why the weights were not updated: ``no_trained_token``, ``grad_not_finite``, ``loss_spike``; None: they were."""
-    source_losses: tuple[float, ...] = ()
-    """Summed loss of the trained tokens of each data source, whatever their weight; empty if only one is counted."""
-
-
-class MegatronEngine:
+class MegatronEngine(RankTalk):
     """One rank's share of a run. Use: ``start``, ``wrap``, ``build_optimizer``, then steps; ``stop`` belongs to the
     process (:func:`megavlm.runtime.process.stop`)."""
 
@@ -204,33 +180,6 @@ class MegatronEngine:
     def _inner_optimizers(self) -> list[MegatronOptimizer]:
         """Experts have an optimizer of their own."""
         return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-
-    # ---- what ranks tell each other ----------------------------------------------------------------------------------
-
-    def sum_over_replicas(self, numbers: Sequence[float]) -> list[float]:
-        """Add up numbers over the data-parallel ranks."""
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
-        return total.tolist()
-
-    def sum_over_ranks(self, numbers: Sequence[float]) -> list[float]:
-        """Add up numbers over all ranks."""
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(total)
-        return total.tolist()
-
-    def gather_over_replicas(self, item: T) -> list[T]:
-        """Return the items of all data-parallel ranks, in their order."""
-        group = parallel_state.get_data_parallel_group()
-        items: list[Any] = [None] * group.size()
-        torch.distributed.all_gather_object(items, item, group=group)
-        return items
-
-    def any_rank(self, flag: bool) -> bool:
-        """Whether any rank of the run says yes: the same answer everywhere."""
-        votes = torch.tensor([int(flag)], device=self.device)
-        torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
-        return bool(votes.item())
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ def test_merged_weights_are_the_base_and_the_product(run: Path, adapter: Path) -
         if f"{prefix}.lora_A.weight" in tensors:
             a, b = tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"]
             assert b.abs().max() > 1e-3, "nothing was learned"
-            # Worst seen: 6e-8.
+            # Worst seen: 0.
             torch.testing.assert_close(merged[name], weight + 4.0 * b @ a, rtol=1e-5, atol=1e-6)
             adapted += 1
         else:
@@ -92,7 +92,7 @@ def test_peft_loads_the_folder(run: Path, adapter: Path) -> None:
         plain, expected = base(tokens).logits, merged(tokens).logits
         found = peft.PeftModel.from_pretrained(base, adapter)(tokens).logits
     assert (plain - expected).abs().max() > 1e-2
-    # Worst seen: 2e-6.
+    # Worst seen: 6e-7 of values up to 1.8.
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
 
 

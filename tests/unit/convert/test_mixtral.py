@@ -194,7 +194,7 @@ def test_their_loss_of_a_layer_is_k_times_ours(kind: str) -> None:
     mask = None if kind == "none" else (~padding).T.int()
     flat = logits.transpose(0, 1).flatten(0, 1)
     theirs = load_balancing_loss_func((flat,), logits.shape[-1], TOP_K, mask)
-    # Worst seen: 1e-7 relative.
+    # Worst seen: 1.7e-7 relative.
     assert float(theirs) == pytest.approx(TOP_K * ours, rel=1e-5)
 
 

@@ -110,7 +110,7 @@ def test_minhash_estimates_jaccard() -> None:
         one, two = (signer.sign(text, open_nothing()) for text in texts)
         sets = [set(shingles(text)) for text in texts]
         exact = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
-        # standard error sqrt(J (1 - J) / 256) is at most 0.031; measured worst 0.036
+        # standard error sqrt(J (1 - J) / 256) is at most 0.031; worst seen 0.031
         assert abs(one.text_similarity(two) - exact) < 0.1
 
 

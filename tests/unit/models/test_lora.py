@@ -87,7 +87,7 @@ def test_each_projection_is_moved_alone(projection: str) -> None:
     still = [row for row in range(len(moved)) if row not in rows]
     assert (moved[still] == 0).all()
     torch.testing.assert_close(moved[rows], product, rtol=1e-4, atol=1e-6)
-    # Worst seen: 6e-7.
+    # Worst seen: 9.5e-7 of values up to 6.4.
     torch.testing.assert_close(losses(model), expected, rtol=1e-5, atol=1e-5)
     assert (pair.b == 0).all()
 

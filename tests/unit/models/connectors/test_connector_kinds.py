@@ -290,7 +290,7 @@ def test_c_abstractor_is_convolutions_around_a_pooling(group_size: int) -> None:
         image = regnet_block(block, image, 24 // group_size)
     first, last = connector.mlp
     expected = last(F.silu(first(image.flatten(2).transpose(1, 2))))
-    # Worst seen: 1e-6 of values near 2.
+    # Worst seen: 3.6e-7 of values up to 2.2.
     torch.testing.assert_close(connector(features), expected, rtol=1e-4, atol=1e-5)
     assert connector.before_pooling[0].shortcut is not None
     assert connector.before_pooling[1].shortcut is None

@@ -1,6 +1,6 @@
 # make train   builds the quickstart data, trains a tiny NVLM-D in two stages, evaluates it
 # make moe     trains a dense model for a while, makes a mixture of experts of it, trains and evaluates that
-# make test    runs the tests
+# make test    runs the tests; make test-all also the cases that tests/core.py leaves out
 # make check   formats, lints, checks types
 # Each installs what it needs into .venv first.
 
@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install train moe test check format clean
+.PHONY: install train moe test test-all check format clean
 
 install: $(INSTALLED)
 
@@ -41,6 +41,9 @@ moe: install
 
 test: install
 	$(BIN)/python -m pytest -n $(NPROC) --dist loadfile
+
+test-all: install
+	$(BIN)/python -m pytest -n $(NPROC) --dist loadfile --everything
 
 check: install
 	$(BIN)/ruff check .

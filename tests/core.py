@@ -1,7 +1,7 @@
 """Which cases of the large tables run by default. The others run with ``--everything`` (``make test-all``).
 
-A table that multiplies models by layouts proves each thing many times over. By default each model and each layout is seen
-at least once in it, so that the suite stays short on two cores.
+A table that multiplies models by layouts proves each thing many times over. By default each model and each layout is
+seen at least once in it, so that the suite stays short on two cores.
 """
 
 from fnmatch import fnmatchcase

@@ -30,8 +30,8 @@ _FILES = {
     "data": "data",
     "doctor": "doctor",
 }
-"""Verb -> its file here. Only the file of the verb that is asked for is imported: each rank starts with it, and importing
-all of them takes half as long again."""
+"""Verb -> its file here. Only the file of the verb that is asked for is imported: each rank starts with it, and all of
+them take half as long again."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,8 +15,10 @@ DOCUMENTS = [
     *sorted((REPOSITORY / "examples").rglob("README.md")),
 ]
 
-# Its commands begin with downloads of 206 MB; test_real_weights.py runs them on made-up weights.
-ELSEWHERE = [REPOSITORY / "examples/real_weights/README.md"]
+# The first begins with downloads of 206 MB; test_real_weights.py runs it on made-up weights. Those of the systems
+# build on each other; test_systems.py runs their recipes in order.
+SYSTEMS = ("blip2", "flamingo", "llava", "minigpt4", "mm1", "mm1_5", "mplug_owl", "points", "vila", "vpgtrans")
+ELSEWHERE = [REPOSITORY / "examples" / name / "README.md" for name in ("real_weights", *SYSTEMS)]
 
 ONE_ROUND = "speed={rounds: 1, steps: 1, warmup_steps: 0}"
 # `make train` in small: the same commands with fewer rows and steps.

@@ -34,6 +34,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--everything", action="store_true", help="run all cases of the large tables (see tests/core.py)")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Show failures where they are gathered: in the controller of parallel workers, or in the only process."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_FailuresAtOnce(config))
+
+
+class _FailuresAtOnce:
+    """Prints a failure when it happens: a run that is cut off, or hangs later, has then told its failures."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.ensure_newline()
+            terminal.line(f"{report.outcome.upper()} {report.nodeid} ({report.when}, {report.duration:.1f} s)")
+            terminal.line(report.longreprtext)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out cases that do not run by default, and say how many; a test asked for by its case's name runs."""
     if config.getoption("--everything") or any("[" in argument for argument in config.args):

@@ -1,13 +1,10 @@
 """``megavlm convert``."""
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
-import torch
-
 from megavlm.cli.argument import add_verb
+from megavlm.cli.without_cuda import restart_without_cuda
 from megavlm.convert.folder import LORA, convert_folder
 from megavlm.convert.receipt import make_receipt
 from megavlm.convert.to_hf import DTYPES
@@ -47,9 +44,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    if torch.cuda.is_available():  # shapes come from a model on the meta device, which megatron-core gives no CUDA
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        os.execve(sys.executable, [sys.executable, "-m", "megavlm", *sys.argv[1:]], environment)
+    restart_without_cuda()
     start_log()
     if options.verify and options.part == LORA:
         raise ValueError("--verify: compares models, and --part=lora writes none. Leave it out.")

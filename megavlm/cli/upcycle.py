@@ -1,13 +1,10 @@
 """``megavlm upcycle``."""
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
-import torch
-
 from megavlm.cli.argument import add_verb
+from megavlm.cli.without_cuda import restart_without_cuda
 from megavlm.runtime.log import LOGGER, start_log
 from megavlm.upcycle import Upcycled, UpcycleSettings, upcycle_folder
 
@@ -50,9 +47,7 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 def _upcycle(options: argparse.Namespace) -> None:
-    if torch.cuda.is_available():  # shapes come from a model on the meta device, which megatron-core gives no CUDA
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        os.execve(sys.executable, [sys.executable, "-m", "megavlm", *sys.argv[1:]], environment)
+    restart_without_cuda()
     start_log()
     if options.layers is not None and (options.every, options.first) != (None, None):
         raise ValueError(f"--layers={','.join(map(str, options.layers))}: says it all. Leave --every and --first out.")

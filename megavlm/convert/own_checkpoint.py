@@ -1,7 +1,7 @@
 """A checkpoint of ours, opened to make another of it: its model as data, checked weights, small files."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME
@@ -15,9 +15,8 @@ from megavlm.checkpoint.release import ReleaseTensor
 from megavlm.checkpoint.weights import CheckpointWeights
 from megavlm.checkpoint.writer import EXTRA_NAME
 from megavlm.config import dump_recipe
-from megavlm.convert.parts import EMBEDDING, MODEL_NAME, RECIPE_NAME, ModelFile, ModelParts, read_model, weight_shapes
+from megavlm.convert.parts import EMBEDDING, MODEL_NAME, RECIPE_NAME, ModelFile, check_weights, read_model
 from megavlm.data import TokenizerConfig
-from megavlm.models.part import part_of
 from megavlm.recipe import Recipe
 
 # Written anew, or belonging to a run's step and not to its weights.
@@ -56,23 +55,14 @@ class OwnCheckpoint:
     @property
     def small_files(self) -> dict[str, Path]:
         """Name -> path of the files that go with the weights: the tokenizer's, a published model's."""
-        files = {}
-        for path in sorted(self.path.rglob("*")):
-            name = path.relative_to(self.path).as_posix()
-            if path.is_file() and path.suffix != ".distcp" and name not in _NOT_COPIED and not name.startswith("rng/"):
-                files[name] = path
-        return files
+        return small_files(self.path)
 
     def tokenizer_in(self, target: Path) -> TokenizerConfig | None:
         """The tokenizer of the release in a run folder that gets :attr:`small_files`; None if there is none.
 
         A path inside the checkpoint becomes that of the copy; any other stays.
         """
-        tokenizer = self.model.tokenizer
-        if tokenizer is None or not tokenizer.path.absolute().is_relative_to(self.path.absolute()):
-            return tokenizer
-        inside = tokenizer.path.absolute().relative_to(self.path.absolute())
-        return tokenizer.model_copy(update={"path": target.absolute() / RELEASE / inside})
+        return tokenizer_of_copy(self.model.tokenizer, self.path, target / RELEASE)
 
     def description_in(self, target: Path) -> dict[str, bytes]:
         """``model.yaml`` or ``recipe.yaml`` of a release of the same model in a run folder."""
@@ -102,23 +92,25 @@ def open_checkpoint(source: Path, overrides: Sequence[str] = ()) -> OwnCheckpoin
         raise ValueError(f"source={source}: holds no checkpoint. Give a run folder, or convert the model to one first.")
     model, recipe = read_model(path, overrides)
     weights = CheckpointWeights(path)
-    return OwnCheckpoint(source, path, model, recipe, weights, _check_weights(weights, model.model))
-
-
-def _check_weights(weights: CheckpointWeights, parts: ModelParts) -> dict[str, ReleaseTensor]:
-    """Compare what the parts need with what the checkpoint holds."""
-    shapes = weight_shapes(parts, weights.template(EMBEDDING).shape[0] if EMBEDDING in weights else 1)
     remedy = "What it says of its model is not of these weights: take the folder anew."
-    tensors = {}
-    for key, wanted in shapes.items():
-        if key not in weights:
-            raise ValueError(f"{weights.folder}: does not hold {key}. {remedy}")
-        template = weights.template(key)
-        if tuple(template.shape) != wanted.shape:
-            found = tuple(template.shape)
-            raise ValueError(f"{weights.folder}: {key} has shape {found}, and the model's has {wanted.shape}. {remedy}")
-        tensors[key] = replace(wanted, dtype=template.dtype)
-    extra = [key for key in weights if part_of(key) in (*parts.weight_parts, "lora") and key not in shapes]
-    if extra:
-        raise ValueError(f"{weights.folder}: {len(extra)} tensors are not in the model, first {extra[0]}. {remedy}")
-    return tensors
+    return OwnCheckpoint(
+        source, path, model, recipe, weights, check_weights(weights, model.model, remedy, strange=("lora",))
+    )
+
+
+def small_files(checkpoint: Path) -> dict[str, Path]:
+    """Name -> path of the files of a checkpoint that go with its weights: the tokenizer's, a published model's."""
+    files = {}
+    for path in sorted(checkpoint.rglob("*")):
+        name = path.relative_to(checkpoint).as_posix()
+        if path.is_file() and path.suffix != ".distcp" and name not in _NOT_COPIED and not name.startswith("rng/"):
+            files[name] = path
+    return files
+
+
+def tokenizer_of_copy(tokenizer: TokenizerConfig | None, checkpoint: Path, copy: Path) -> TokenizerConfig | None:
+    """A tokenizer as it is where a checkpoint's :func:`small_files` were copied to; one from elsewhere stays."""
+    if tokenizer is None or not tokenizer.path.absolute().is_relative_to(checkpoint.absolute()):
+        return tokenizer
+    inside = tokenizer.path.absolute().relative_to(checkpoint.absolute())
+    return tokenizer.model_copy(update={"path": copy.absolute() / inside})

@@ -1,6 +1,7 @@
 """The parts of a model that are converted: as data, as ``model.yaml``, and as the shapes of their weights."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from megatron.core import parallel_state
 
 from megavlm.checkpoint.layout import sharded_leaves
 from megavlm.checkpoint.release import ReleaseTensor
+from megavlm.checkpoint.weights import CheckpointWeights
 from megavlm.config import Config, load_recipe
 from megavlm.data.tokenizers import TokenizerConfig
 from megavlm.engines import MegatronEngineConfig
@@ -18,6 +20,7 @@ from megavlm.models.connectors import AnyConnectorConfig
 from megavlm.models.fusion import AnyFusionConfig
 from megavlm.models.fusion.decoder_only import DecoderOnlyConfig
 from megavlm.models.language import LanguageConfig, LanguageModel, decoder_layer_specs
+from megavlm.models.part import part_of
 from megavlm.models.vision import AnyVisionConfig
 from megavlm.models.vlm import VLM, VLMConfig
 from megavlm.recipe import Recipe
@@ -104,6 +107,40 @@ def read_model(checkpoint: Path, overrides: Sequence[str] = ()) -> tuple[ModelFi
         return load_recipe(checkpoint / MODEL_NAME, overrides, ModelFile), None
     recipe = load_recipe(checkpoint / RECIPE_NAME, overrides, Recipe)
     return ModelFile(model=ModelParts.of(recipe.model), tokenizer=recipe.tokenizer), recipe
+
+
+def check_weights(
+    weights: CheckpointWeights, parts: ModelParts, remedy: str, *, strange: Sequence[str] = ()
+) -> dict[str, ReleaseTensor]:
+    """Compare what the parts need with what a checkpoint holds.
+
+    Args:
+        weights: of the checkpoint.
+        parts: of its model.
+        remedy: what to do where they do not fit, for the error.
+        strange: parts that the checkpoint must not hold beside those.
+
+    Returns:
+        Checkpoint key of each of the parts' weights -> what it is.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape, or would be left out; names it.
+    """
+    shapes = weight_shapes(parts, weights.template(EMBEDDING).shape[0] if EMBEDDING in weights else 1)
+    tensors = {}
+    for key, wanted in shapes.items():
+        if key not in weights:
+            raise ValueError(f"{weights.folder}: does not hold {key}. {remedy}")
+        template = weights.template(key)
+        if tuple(template.shape) != wanted.shape:
+            found = tuple(template.shape)
+            raise ValueError(f"{weights.folder}: {key} has shape {found}, and the model's has {wanted.shape}. {remedy}")
+        tensors[key] = replace(wanted, dtype=template.dtype)
+    looked_at = (*parts.weight_parts, *strange)
+    extra = [key for key in weights if part_of(key) in looked_at and key not in shapes]
+    if extra:
+        raise ValueError(f"{weights.folder}: {len(extra)} tensors are not in the model, first {extra[0]}. {remedy}")
+    return tensors
 
 
 def weight_shapes(parts: ModelParts, vocab_size: int) -> dict[str, ReleaseTensor]:

@@ -16,12 +16,11 @@ from megavlm.convert.config_of import architecture_of, published_config
 from megavlm.convert.families import FAMILIES
 from megavlm.convert.from_hf import PUBLISHED
 from megavlm.convert.lora import MergedWeights
-from megavlm.convert.parts import EMBEDDING, RECIPE_NAME, ModelFile, ModelParts, read_model, weight_shapes
+from megavlm.convert.parts import EMBEDDING, RECIPE_NAME, ModelFile, ModelParts, check_weights, read_model
 from megavlm.convert.processor import PROCESSOR_FILES, stop_token_ids, write_processor
 from megavlm.convert.read_hf import CONFIG_NAME, read_json
 from megavlm.convert.staging import progress_bar, staged
 from megavlm.convert.write_hf import ShardWriter
-from megavlm.models.part import part_of
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
 
@@ -70,7 +69,8 @@ def export_folder(
         weights = MergedWeights(checkpoint, parts.language)
         parts = parts.model_copy(update={"language": parts.language.model_copy(update={"lora": None})})
     vocab_size = weights.template(EMBEDDING).shape[0] if EMBEDDING in weights else None
-    keys = _check_weights(weights, parts, vocab_size)
+    remedy = f"The model part of {RECIPE_NAME} or the overrides are not of these weights: check them."
+    keys = list(check_weights(weights, parts, remedy))
     completed = CompletedWeights(weights, keys, parts, FAMILIES[architecture].weight_map)
     values = _carried(checkpoint, model, None if recipe is None else recipe.data.seq_length)
     config = published_config(completed.parts, vocab_size, values, architecture, extra=completed.extra)
@@ -104,26 +104,6 @@ def _chosen(parts: ModelParts, part: str | None) -> ModelParts:
             parts.whole().fusion.kind,
         )
     return parts.only(part)
-
-
-def _check_weights(weights: CheckpointWeights, parts: ModelParts, vocab_size: int | None) -> list[str]:
-    """Compare what the parts need with what the checkpoint holds. Returns the keys to write.
-
-    Raises:
-        ValueError: a tensor is missing, has another shape, or would be left out.
-    """
-    shapes = weight_shapes(parts, vocab_size or 1)
-    remedy = f"The model part of {RECIPE_NAME} or the overrides are not of these weights: check them."
-    for key, wanted in shapes.items():
-        if key not in weights:
-            raise ValueError(f"{weights.folder}: does not hold {key}. {remedy}")
-        found = tuple(weights.template(key).shape)
-        if found != wanted.shape:
-            raise ValueError(f"{weights.folder}: {key} has shape {found}, and the model's has {wanted.shape}. {remedy}")
-    extra = [key for key in weights if part_of(key) in parts.weight_parts and key not in shapes]
-    if extra:
-        raise ValueError(f"{weights.folder}: {len(extra)} tensors are not in the model, first {extra[0]}. {remedy}")
-    return list(shapes)
 
 
 def _write_weights(folder: Path, weights: CompletedWeights, max_shard_bytes: int, dtype: torch.dtype | None) -> None:

@@ -180,7 +180,7 @@ class VLM(MegatronModule):
             context,
             visible_context,
             cache,
-            batch.is_padding(),
+            batch.is_padding() if self.config.num_moe_experts else None,
             self.language.router_observer.groups(batch, self.image_token_id),
         )
         if not self.post_process:

@@ -2,42 +2,27 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from torch import Tensor
 
 from megavlm.checkpoint import RunFolder, find_checkpoint
 from megavlm.checkpoint.folder import RELEASE
-from megavlm.checkpoint.layout import LAYOUT_NAME
-from megavlm.checkpoint.manifest import MANIFEST_NAME
-from megavlm.checkpoint.pickles import COMMON_NAME, METADATA_NAME
 from megavlm.checkpoint.release import ReleaseTensor
 from megavlm.checkpoint.weights import CheckpointWeights
-from megavlm.checkpoint.writer import EXTRA_NAME
 from megavlm.config import ConfigT, load_recipe, save_recipe
 from megavlm.convert.from_hf import open_folder
 from megavlm.convert.incoming import Incoming
-from megavlm.convert.parts import EMBEDDING, MODEL_NAME, RECIPE_NAME, ModelFile, ModelParts, weight_shapes
+from megavlm.convert.own_checkpoint import small_files, tokenizer_of_copy
+from megavlm.convert.parts import EMBEDDING, MODEL_NAME, RECIPE_NAME, ModelFile, ModelParts, check_weights
 from megavlm.convert.read_hf import CONFIG_NAME
 from megavlm.models.language import LanguageConfig
-from megavlm.models.part import part_of
 from megavlm.recipe import Recipe
 
 MOE_OVERRIDE = "model.language.moe."
-# Written anew, or belonging to a run's step and not to its weights.
-_NOT_COPIED = {
-    MANIFEST_NAME,
-    LAYOUT_NAME,
-    METADATA_NAME,
-    COMMON_NAME,
-    EXTRA_NAME,
-    CONFIG_FNAME,
-    MODEL_NAME,
-    RECIPE_NAME,
-}
+_REMEDY = "Its recipe or the overrides are not of these weights: check them."
 
 
 @dataclass(frozen=True)
@@ -127,19 +112,14 @@ def _open_checkpoint(source: Path, target: Path, overrides: Sequence[str], *, ke
     if checkpoint is None:
         raise ValueError(f"source={source}: holds neither a {CONFIG_NAME} nor a checkpoint. Check the path.")
     model, recipe = _read_model(checkpoint, overrides)
-    if model.tokenizer is not None and model.tokenizer.path.absolute().is_relative_to(checkpoint.absolute()):
-        inside = model.tokenizer.path.absolute().relative_to(checkpoint.absolute())
-        name = checkpoint.name if keeps_step else RELEASE
-        moved = model.tokenizer.model_copy(update={"path": target.absolute() / name / inside})
+    copy = target / (checkpoint.name if keeps_step else RELEASE)
+    moved = tokenizer_of_copy(model.tokenizer, checkpoint, copy)
+    if moved is not model.tokenizer:
         model = model.model_copy(update={"tokenizer": moved})
         recipe = None if recipe is None else recipe.model_copy(update={"tokenizer": moved})
     weights = CheckpointWeights(checkpoint)
-    tensors = _check_weights(weights, model.model)
-    files: dict[str, bytes | Path] = {}
-    for path in sorted(checkpoint.rglob("*")):
-        name = path.relative_to(checkpoint).as_posix()
-        if path.is_file() and path.suffix != ".distcp" and name not in _NOT_COPIED and not name.startswith("rng/"):
-            files[name] = path
+    tensors = check_weights(weights, model.model, _REMEDY)
+    files: dict[str, bytes | Path] = {**small_files(checkpoint)}
     return DenseModel(source, model, recipe, tensors, weights.__getitem__, files, checkpoint=checkpoint)
 
 
@@ -152,26 +132,3 @@ def _read_model(checkpoint: Path, overrides: Sequence[str]) -> tuple[ModelFile, 
             return ModelFile(model=ModelParts.of(recipe.model), tokenizer=recipe.tokenizer), recipe
         overrides = [text for text in overrides if text.startswith(("model.", "tokenizer."))]
     return load_recipe(checkpoint / MODEL_NAME, overrides, ModelFile), recipe
-
-
-def _check_weights(weights: CheckpointWeights, parts: ModelParts) -> dict[str, ReleaseTensor]:
-    """Compare what the parts need with what the checkpoint holds.
-
-    Raises:
-        ValueError: a tensor is missing, has another shape, or would be left out.
-    """
-    shapes = weight_shapes(parts, weights.template(EMBEDDING).shape[0] if EMBEDDING in weights else 1)
-    remedy = "Its recipe or the overrides are not of these weights: check them."
-    tensors = {}
-    for key, wanted in shapes.items():
-        if key not in weights:
-            raise ValueError(f"{weights.folder}: does not hold {key}. {remedy}")
-        template = weights.template(key)
-        if tuple(template.shape) != wanted.shape:
-            found = tuple(template.shape)
-            raise ValueError(f"{weights.folder}: {key} has shape {found}, and the model's has {wanted.shape}. {remedy}")
-        tensors[key] = replace(wanted, dtype=template.dtype)
-    extra = [key for key in weights if part_of(key) in parts.weight_parts and key not in shapes]
-    if extra:
-        raise ValueError(f"{weights.folder}: {len(extra)} tensors are not in the model, first {extra[0]}. {remedy}")
-    return tensors

@@ -6,10 +6,8 @@ Both models are in memory whole, one after the other. Shape letters: S tokens, V
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -18,8 +16,7 @@ from megavlm.convert.parts import ModelParts
 from megavlm.data import Sample, collate
 from megavlm.data.expansion import ImageSlot, ImageTokens, TokenRun, expand, route_tile
 from megavlm.engines import MegatronEngine, MegatronEngineConfig
-from megavlm.models.backend import BACKENDS
-from megavlm.models.language import LanguageConfig, LanguageModel, decoder_layer_specs
+from megavlm.models.language import LanguageAlone
 from megavlm.models.vlm import VLM
 from megavlm.models.weights import fill_weights
 from megavlm.runtime.process import process
@@ -74,29 +71,6 @@ def compare(dense: Side, upcycled: Side, vocab_size: int) -> list[ProbeRow]:
     ]
 
 
-class _LanguageAlone(MegatronModule):
-    """A language model under the keys that it has in a whole one."""
-
-    def __init__(self, config: LanguageConfig, settings: dict[str, Any], vocab_size: int) -> None:
-        super().__init__(config.transformer_config(settings))
-        self.model_type = ModelType.encoder_or_decoder
-        backend = BACKENDS["torch"]
-        self.language = LanguageModel(
-            config,
-            self.config,
-            decoder_layer_specs(config, self.config, backend),
-            backend,
-            vocab_size=vocab_size,
-            pre_process=True,
-            post_process=True,
-        )
-
-    def forward(self, batch: Batch, wanted_logits: Tensor) -> Tensor:
-        """Return logits ``[S, V]``."""
-        states = self.language.embed(batch.tokens, batch.position_ids)
-        return self.language.logits(self.language(states, batch.position_ids, None), wanted_logits)
-
-
 def _logits(side: Side, batches: Sequence[Batch], vocab_size: int) -> list[Tensor]:
     """``[S, V]`` float32 of each batch."""
     with process():
@@ -109,7 +83,7 @@ def _logits(side: Side, batches: Sequence[Batch], vocab_size: int) -> list[Tenso
             )
         else:
             assert side.parts.language is not None
-            model = _LanguageAlone(side.parts.language, settings, vocab_size)
+            model = LanguageAlone(side.parts.language, settings, vocab_size)
         read = functools.lru_cache(maxsize=1)(side.read)  # experts that are not grouped ask one after the other
         fill_weights([model], lambda slot: read(slot.key))
         read.cache_clear()

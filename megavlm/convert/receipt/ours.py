@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -17,37 +16,11 @@ from megavlm.convert.receipt.pair import Pair
 from megavlm.convert.receipt.probe import Probe, Probes
 from megavlm.engines import MegatronEngine, MegatronEngineConfig
 from megavlm.models.backend import BACKENDS
-from megavlm.models.language import LanguageConfig, LanguageModel, decoder_layer_specs
+from megavlm.models.language import LanguageAlone
 from megavlm.models.part import part_of
 from megavlm.models.vision import AnyVisionConfig
 from megavlm.models.vlm import VLM
 from megavlm.runtime.process import process
-
-
-class _LanguageAlone(MegatronModule):
-    """A language model under the keys that it has in a whole one."""
-
-    def __init__(self, config: LanguageConfig, settings: Mapping[str, Any], vocab_size: int) -> None:
-        super().__init__(config.transformer_config(settings))
-        self.model_type = ModelType.encoder_or_decoder
-        backend = BACKENDS["torch"]
-        self.language = LanguageModel(
-            config,
-            self.config,
-            decoder_layer_specs(config, self.config, backend),
-            backend,
-            vocab_size=vocab_size,
-            pre_process=True,
-            post_process=True,
-        )
-
-    def set_input_tensor(self, input_tensor: object) -> None:
-        """Take nothing: there is no stage before (called by megatron-core's schedules)."""
-
-    def forward(self, batch: Batch, wanted_logits: Tensor, cache: None = None) -> Tensor:
-        """Return logits ``[M, V]``."""
-        states = self.language.embed(batch.tokens, batch.position_ids)
-        return self.language.logits(self.language(states, batch.position_ids, None), wanted_logits)
 
 
 class _VisionAlone(MegatronModule):
@@ -105,7 +78,7 @@ def _build(parts: ModelParts, settings: Mapping[str, Any], num_rows: int, image_
     if parts.is_whole:
         return VLM(parts.whole(), settings, vocab_size=num_rows, image_token_id=image_token_id)
     if parts.language is not None:
-        return _LanguageAlone(parts.language, settings, num_rows)
+        return LanguageAlone(parts.language, settings, num_rows)
     assert parts.vision is not None
     return _VisionAlone(parts.vision, settings)
 

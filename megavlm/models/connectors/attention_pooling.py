@@ -80,12 +80,7 @@ class AttentionPoolingConnector(MegatronModule):
         megatron_settings: Mapping[str, Any],
         backend: Backend,
     ) -> None:
-        transformer_config = replicated_config(
-            config.kind,
-            megatron_settings,
-            init_method_std=config.init_method_std,
-            layernorm_epsilon=config.layernorm_epsilon,
-        )
+        transformer_config = replicated_config(config, megatron_settings, config.layernorm_epsilon)
         super().__init__(transformer_config)
         self.queries = learned(transformer_config, config.num_tokens, config.hidden_size)
         self.layernorm = layer_norm(transformer_config, backend, input_size)

@@ -66,9 +66,7 @@ class AveragePoolingConnector(MegatronModule):
         output_size: int,
         megatron_settings: Mapping[str, Any],
     ) -> None:
-        transformer_config = replicated_config(
-            config.kind, megatron_settings, init_method_std=config.init_method_std, layernorm_epsilon=1e-5
-        )
+        transformer_config = replicated_config(config, megatron_settings)
         super().__init__(transformer_config)
         self.num_tokens = config.num_tokens
         self.projection = linear(transformer_config, input_size, output_size, bias=config.bias)

@@ -109,12 +109,7 @@ class CAbstractorConfig(Config):
         Raises:
             ValueError: tokens or patches are no square, the tokens are more than the patches, or FP8 is asked for.
         """
-        config = replicated_config(
-            self.kind,
-            megatron_settings,
-            init_method_std=self.init_method_std,
-            layernorm_epsilon=self.layernorm_epsilon,
-        )
+        config = replicated_config(self, megatron_settings, self.layernorm_epsilon)
         return CAbstractor(self, config, (num_patches, input_size), output_size, backend)
 
 

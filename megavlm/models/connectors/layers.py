@@ -7,7 +7,7 @@ letters: T tiles, K queries, P patches, D width, H heads.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,20 @@ from megavlm.models.first_stage import first_stage_config
 from megavlm.runtime import current_device
 
 
+class ReplicatedConnector(Protocol):
+    """What the config of a connector that is not split over ranks says."""
+
+    @property
+    def kind(self) -> str:
+        """Its row in the dict of connectors."""
+
+    @property
+    def init_method_std(self) -> float:
+        """Standard deviation of fresh weights."""
+
+
 def replicated_config(
-    kind: str, megatron_settings: Mapping[str, Any], *, init_method_std: float, layernorm_epsilon: float
+    connector: ReplicatedConnector, megatron_settings: Mapping[str, Any], layernorm_epsilon: float = 1e-5
 ) -> TransformerConfig:
     """Return megatron-core's config of a connector that is not split over ranks: precision and fresh weights.
 
@@ -29,8 +41,8 @@ def replicated_config(
     """
     if megatron_settings.get("fp8") is not None:
         raise ValueError(
-            f"engine.fp8.connector='fp8': the layers of model.connector.kind={kind!r} have no FP8 (mlp, linear and "
-            "shared_mlp have). Set it to bf16."
+            f"engine.fp8.connector='fp8': the layers of model.connector.kind={connector.kind!r} have no FP8 (mlp, "
+            "linear and shared_mlp have). Set it to bf16."
         )
     heads = megatron_settings.get("tensor_model_parallel_size", 1)
     return first_stage_config(
@@ -42,7 +54,7 @@ def replicated_config(
         num_attention_heads=heads,
         normalization="LayerNorm",
         layernorm_epsilon=layernorm_epsilon,
-        init_method_std=init_method_std,
+        init_method_std=connector.init_method_std,
     )
 
 

@@ -87,12 +87,7 @@ class QFormerConfig(Config):
         Raises:
             ValueError: it is asked for in FP8.
         """
-        config = replicated_config(
-            self.kind,
-            megatron_settings,
-            init_method_std=self.init_method_std,
-            layernorm_epsilon=self.layernorm_epsilon,
-        )
+        config = replicated_config(self, megatron_settings, self.layernorm_epsilon)
         return QFormer(self, config, input_size, output_size, backend)
 
 

@@ -75,12 +75,7 @@ class VisualAbstractorConfig(Config):
             ValueError: the heads do not divide the features' width, or it is asked for in FP8.
         """
         check_heads(self.kind, input_size, self.num_attention_heads)
-        config = replicated_config(
-            self.kind,
-            megatron_settings,
-            init_method_std=self.init_method_std,
-            layernorm_epsilon=self.layernorm_epsilon,
-        )
+        config = replicated_config(self, megatron_settings, self.layernorm_epsilon)
         return VisualAbstractor(self, config, input_size, output_size, backend)
 
 

@@ -163,7 +163,7 @@ class LanguageModel(LanguageModule):
                 context=context,
                 context_mask=visible_context,
                 inference_context=cache,
-                padding_mask=self._own_tokens(is_padding) if self.config.num_moe_experts else None,
+                padding_mask=self._own_tokens(is_padding),
             )
 
     def _own_tokens(self, per_token: Tensor | None) -> Tensor | None:

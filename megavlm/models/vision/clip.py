@@ -9,7 +9,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megavlm.models.backend import Backend, attention_spec, layer_spec
-from megavlm.models.vision.tile_embedding import TileEmbedding
 from megavlm.models.vision.transformer import VisionTransformer, VisionTransformerConfig
 
 
@@ -54,15 +53,6 @@ class ClipConfig(VisionTransformerConfig):
             activation_func=_ACTIVATIONS[self.activation],
             add_bias_linear=True,
         )
-        embedding = TileEmbedding(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            hidden_size=self.hidden_size,
-            has_bias=False,
-            image_mean=self.image_mean,
-            image_std=self.image_std,
-            dtype=config.params_dtype,
-            position_side=self.position_side,
-        )
+        embedding = self.tile_embedding(config, has_bias=False)
         layer = layer_spec(backend, attention_spec(backend, AttnMaskType.no_mask))
         return VisionTransformer(self, config, embedding, layer, backend, has_pre_layernorm=True)

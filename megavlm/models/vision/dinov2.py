@@ -14,7 +14,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megavlm.models.backend import Backend, attention_spec, layer_spec
 from megavlm.models.vision.layer_scale import LayerScale
-from megavlm.models.vision.tile_embedding import TileEmbedding
 from megavlm.models.vision.transformer import VisionTransformer, VisionTransformerConfig
 
 
@@ -75,16 +74,7 @@ class Dinov2Config(VisionTransformerConfig):
             gated_linear_unit=self.gated_linear_unit,
             add_bias_linear=True,
         )
-        embedding = TileEmbedding(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            hidden_size=self.hidden_size,
-            has_bias=True,
-            image_mean=self.image_mean,
-            image_std=self.image_std,
-            dtype=config.params_dtype,
-            position_side=self.position_side,
-        )
+        embedding = self.tile_embedding(config, has_bias=True)
         attention = attention_spec(backend, AttnMaskType.no_mask, qkv_bias=self.add_qkv_bias)
         residual = ModuleSpec(module=LayerScale, params={"config": config, "scale": self.layer_scale})
         return VisionTransformer(

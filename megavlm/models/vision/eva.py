@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 
 from megavlm.models.backend import Backend, attention_spec, layer_spec
-from megavlm.models.vision.tile_embedding import TileEmbedding
 from megavlm.models.vision.transformer import VisionTransformer, VisionTransformerConfig
 
 
@@ -53,16 +52,7 @@ class EvaConfig(VisionTransformerConfig):
             activation_func=F.gelu,
             add_bias_linear=True,
         )
-        embedding = TileEmbedding(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            hidden_size=self.hidden_size,
-            has_bias=True,
-            image_mean=self.image_mean,
-            image_std=self.image_std,
-            dtype=config.params_dtype,
-            position_side=self.position_side,
-        )
+        embedding = self.tile_embedding(config, has_bias=True)
         attention = attention_spec(backend, AttnMaskType.no_mask, qkv_bias=self.add_qkv_bias)
         return VisionTransformer(
             self,

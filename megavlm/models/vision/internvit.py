@@ -22,7 +22,6 @@ from torch import Tensor
 
 from megavlm.models.backend import Backend, attention_spec, layer_spec
 from megavlm.models.vision.layer_scale import LayerScale
-from megavlm.models.vision.tile_embedding import TileEmbedding
 from megavlm.models.vision.transformer import VisionTransformer, VisionTransformerConfig
 from megavlm.models.weights import start_at
 from megavlm.runtime import current_device
@@ -64,16 +63,7 @@ class InternViTConfig(VisionTransformerConfig):
             activation_func=F.gelu,
             add_bias_linear=True,
         )
-        embedding = TileEmbedding(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            hidden_size=self.hidden_size,
-            has_bias=True,
-            image_mean=self.image_mean,
-            image_std=self.image_std,
-            dtype=config.params_dtype,
-            position_side=self.position_side,
-        )
+        embedding = self.tile_embedding(config, has_bias=True)
         return VisionTransformer(
             self, config, embedding, self._layer(config, backend), backend, has_pre_layernorm=False
         )

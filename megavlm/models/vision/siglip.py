@@ -13,7 +13,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megavlm.models.backend import Backend, attention_spec, layer_spec
-from megavlm.models.vision.tile_embedding import TileEmbedding
 from megavlm.models.vision.transformer import VisionTransformer, VisionTransformerConfig
 
 
@@ -69,17 +68,7 @@ class SiglipConfig(VisionTransformerConfig):
             activation_func=gelu_tanh,
             add_bias_linear=True,
         )
-        embedding = TileEmbedding(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            hidden_size=self.hidden_size,
-            has_bias=True,
-            image_mean=self.image_mean,
-            image_std=self.image_std,
-            dtype=config.params_dtype,
-            position_side=self.position_side,
-            has_class_token=False,
-        )
+        embedding = self.tile_embedding(config, has_bias=True)
         return VisionTransformer(
             self,
             config,

@@ -52,6 +52,10 @@ class VisionTransformerConfig(Config):
     """Give the class token's output as first feature; published models drop it."""
     init_method_std: pydantic.PositiveFloat = 0.02
     """Standard deviation of fresh weights."""
+    image_mean: tuple[float, float, float]
+    """Mean of each colour, on the scale 0 to 1; each kind has its own."""
+    image_std: tuple[float, float, float]
+    """Standard deviation of each colour, on the scale 0 to 1; each kind has its own."""
     pretrained_image_size: pydantic.PositiveInt | None = None
     """Side of the images that the learned positions are of; None: ``image_size``. Where the two differ, the positions
     are stretched to the tile's grid (MM1: a ViT of 378 pixels at 672)."""
@@ -94,6 +98,20 @@ class VisionTransformerConfig(Config):
                 f"Choose -1 to -{self.num_layers}."
             )
         return self
+
+    def tile_embedding(self, config: TransformerConfig, *, has_bias: bool) -> TileEmbedding:
+        """Make the layer before the first one. ``has_bias``: of the patch projection."""
+        return TileEmbedding(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            hidden_size=self.hidden_size,
+            has_bias=has_bias,
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+            dtype=config.params_dtype,
+            position_side=self.position_side,
+            has_class_token=self.has_class_token,
+        )
 
     @property
     def num_patches(self) -> int:

@@ -101,7 +101,7 @@ def qformers(*, has_text: bool) -> tuple[QFormer, Blip2QFormerModel]:
     ).eval()
     draw(theirs)
     config = QFormerConfig(num_tokens=4, num_layers=5, hidden_size=24, ffn_hidden_size=40, num_attention_heads=3)
-    settings = replicated_config("qformer", SETTINGS, init_method_std=0.02, layernorm_epsilon=1e-12)
+    settings = replicated_config(config, SETTINGS, config.layernorm_epsilon)
     ours = QFormer(config, settings, WIDTH, 28, TORCH, has_text=has_text)
     draw(ours)
     copy(ours, theirs, qformer_names(theirs))

@@ -3,6 +3,7 @@
 import argparse
 
 from megavlm.cli.argument import add_recipe, add_verb
+from megavlm.cli.without_cuda import restart_without_cuda
 from megavlm.config import load_recipe
 from megavlm.planning.table import print_plan
 from megavlm.recipe import Recipe
@@ -20,5 +21,6 @@ def add(verbs: argparse._SubParsersAction) -> None:
 def _plan(options: argparse.Namespace) -> None:
     if options.world_size is not None and options.world_size < 1:
         raise ValueError(f"--world-size={options.world_size}: must be at least 1.")
+    restart_without_cuda()
     recipe = load_recipe(options.recipe, options.overrides, Recipe)
     print_plan(recipe, options.world_size)

@@ -13,6 +13,7 @@ from megavlm.data.datasets import DATASETS, Dataset, DatasetConfig
 from megavlm.data.few_shot import few_shot
 from megavlm.data.image import ImageError
 from megavlm.data.loader import Loader
+from megavlm.data.order_facts import describe_changes, order_facts
 from megavlm.data.packed_loader import PackedLoader
 from megavlm.data.packing import PackingConfig
 from megavlm.data.processor import SampleProcessor
@@ -52,7 +53,9 @@ __all__ = [
     "balanced_order",
     "collate",
     "costs_of",
+    "describe_changes",
     "few_shot",
+    "order_facts",
     "pack",
     "parse_conversation",
     "simulate_pipeline",

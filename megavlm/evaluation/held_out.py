@@ -17,15 +17,24 @@ from megavlm.recipe import Recipe
 
 
 class HeldOutQuestions(Sequence[Question]):
-    """Conversations of a dataset as questions; each row is read when it is needed."""
+    """Conversations of a dataset as questions; each row is read again when it is needed."""
 
     def __init__(self, dataset: Dataset) -> None:
-        """Keep the dataset."""
+        """Find the rows that ask something."""
         self._dataset = dataset
+        self._rows: list[int] = []
+        self.documents: list[str] = []
+        """Keys of the rows that are left out: nothing is asked there."""
+        for row in range(len(dataset)):
+            key, conversation = dataset[row]
+            if conversation.is_document:
+                self.documents.append(key)
+            else:
+                self._rows.append(row)
 
     def __len__(self) -> int:
-        """Usable rows of the dataset."""
-        return len(self._dataset)
+        """Usable rows of the dataset that are no documents."""
+        return len(self._rows)
 
     @overload
     def __getitem__(self, index: int) -> Question: ...
@@ -41,7 +50,7 @@ class HeldOutQuestions(Sequence[Question]):
         """
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        key, conversation = self._dataset[index]
+        key, conversation = self._dataset[self._rows[index]]
         return Question(key, conversation, (conversation.messages[-1].text,))
 
 
@@ -49,7 +58,7 @@ def held_out_questions(recipe: Recipe) -> QuestionSet:
     """The validation data of a recipe.
 
     Raises:
-        ValueError: the recipe names none, or it cannot be used.
+        ValueError: the recipe names none, it cannot be used, or it holds documents only.
     """
     if recipe.data.valid is None:
         raise ValueError("data.valid=None: there is nothing to evaluate on. Name a dataset, or give --benchmark.")
@@ -58,7 +67,14 @@ def held_out_questions(recipe: Recipe) -> QuestionSet:
         LeftOut(dataset.bad_rows[number] if number < len(dataset.bad_rows) else "...", "row that cannot be used")
         for number in range(dataset.num_bad_rows)
     )
-    return QuestionSet("held-out questions", HeldOutQuestions(dataset), bad)
+    questions = HeldOutQuestions(dataset)
+    if not questions:
+        raise ValueError(
+            f"data.valid={recipe.data.valid.name}: all {len(dataset)} usable rows are documents: none asks."
+            " The loss on them stands in the training log; name conversations to be asked, or give --benchmark."
+        )
+    documents = tuple(LeftOut(key, "document, where nothing is asked") for key in questions.documents)
+    return QuestionSet("held-out questions", questions, bad + documents)
 
 
 def baselines(

@@ -1,11 +1,21 @@
 """What a run trains and validates on: its data sets, opened, and what makes batches of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megavlm.batch import Batch
 from megavlm.build import Parts
-from megavlm.data import Blend, Dataset, Loader, PackedLoader, Progress, balanced_order, costs_of
+from megavlm.data import (
+    Blend,
+    Dataset,
+    Loader,
+    PackedLoader,
+    Progress,
+    balanced_order,
+    costs_of,
+    describe_changes,
+    order_facts,
+)
 from megavlm.data.config import TrainDataConfig
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
@@ -25,6 +35,27 @@ def open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
         return dataset
 
     return open_one(recipe.data.train), open_one(recipe.data.valid) if recipe.data.valid else None
+
+
+def data_order_of(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    """What the order of a run's training samples depends on."""
+    names = recipe.data.train.source_names
+    return order_facts(dataset, names, seed=recipe.training.seed, shuffle=recipe.data.shuffle)
+
+
+def tell_other_order(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> None:
+    """Warn where a resumed run has other data than it had, so that its place in them means other samples.
+
+    Args:
+        before: of the checkpoint; None: it does not say.
+        now: of this run; None on ranks that read no data.
+    """
+    if before is not None and now is not None and (changes := describe_changes(before, now)):
+        LOGGER.warning(
+            "the training data are not those of the checkpoint: %s. The run goes on at its place in the new order of"
+            " samples: some that it has used come again before the others",
+            "; ".join(changes),
+        )
 
 
 def build_training_loader(parts: Parts, dataset: Dataset, progress: Progress | None = None) -> Loader | PackedLoader:

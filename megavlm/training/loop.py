@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -26,7 +27,14 @@ from megavlm.runtime.log import LOGGER
 from megavlm.runtime.process import Process
 from megavlm.runtime.signals import StopRequest, stop_on_signals
 from megavlm.runtime.watchdog import Watchdog
-from megavlm.training.feeding import build_training_loader, build_validation_loader, open_data, training_steps
+from megavlm.training.feeding import (
+    build_training_loader,
+    build_validation_loader,
+    data_order_of,
+    open_data,
+    tell_other_order,
+    training_steps,
+)
 from megavlm.training.freeze import freeze_except, scale_learning_rates
 from megavlm.training.picture import draw_loss
 from megavlm.training.position import Position
@@ -76,7 +84,8 @@ def train(recipe: Recipe, process: Process) -> None:
     parts = build_parts(recipe, world_size=process.world_size)
     train_data, valid_data = open_data(recipe) if is_reader() else (None, None)
     spikes = None if recipe.training.loss_spike is None else SpikeWatch(recipe.training.loss_spike)
-    position, progress = _prepare_model(parts, folder, spikes)
+    data_order = None if train_data is None else data_order_of(recipe, train_data)
+    position, progress = _prepare_model(parts, folder, spikes, data_order)
     if process.rank == 0:
         folder.path.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, folder.path / "recipe.yaml")
@@ -107,13 +116,15 @@ def train(recipe: Recipe, process: Process) -> None:
         ) as report,
     ):
         feed = Feed(None if training_data is None else training_steps(parts, training_data))
-        saver = Saver(parts, folder)
+        saver = Saver(parts, folder, data_order)
         _run_steps(_Run(parts, position, feed, training_data, validation, report, saver, spikes), stop)
     if is_writer:
         LOGGER.info("loss curve: %s", draw_loss(folder.path))
 
 
-def _prepare_model(parts: Parts, folder: RunFolder, spikes: SpikeWatch | None) -> tuple[Position, Progress]:
+def _prepare_model(
+    parts: Parts, folder: RunFolder, spikes: SpikeWatch | None, data_order: Mapping[str, Any] | None
+) -> tuple[Position, Progress]:
     """Build, fill, freeze and wrap the model; make the optimizer; load what there is to load; say where it stands."""
     recipe, engine = parts.recipe, parts.engine
     chunks = parts.build_chunks()
@@ -132,6 +143,7 @@ def _prepare_model(parts: Parts, folder: RunFolder, spikes: SpikeWatch | None) -
         LOGGER.info("resuming %s after step %d", folder.path, loaded.iteration)
         if spikes is not None:
             spikes.restore(loaded.extra.get("loss_spike"))
+        tell_other_order(loaded.extra.get("data_order"), data_order)
         consumed_samples = loaded.extra["consumed_samples"]
         lanes = loaded.extra.get("data")
         progress = Progress.after(consumed_samples) if lanes is None else Progress.from_json(lanes)

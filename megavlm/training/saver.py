@@ -2,8 +2,9 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from megavlm.build import Parts
 from megavlm.checkpoint import AsyncSaver, RunFolder, save_checkpoint
@@ -17,16 +18,27 @@ from megavlm.training.spikes import SpikeWatch
 class Saver:
     """Saves checkpoints. Every method is collective."""
 
-    def __init__(self, parts: Parts, folder: RunFolder) -> None:
-        """Save the run of ``parts`` in ``folder``."""
+    def __init__(self, parts: Parts, folder: RunFolder, data_order: Mapping[str, Any] | None) -> None:
+        """Save the run of ``parts`` in ``folder``.
+
+        Args:
+            parts: of the run.
+            folder: of the run.
+            data_order: what the order of the samples depends on; None on ranks that read no data.
+        """
         self._parts = parts
         self._folder = folder
+        self._data_order = data_order
         self._asynchronous = AsyncSaver() if parts.recipe.checkpoint.async_save else None
 
     def save(self, position: Position, progress: Progress, spikes: SpikeWatch | None = None) -> None:
         """Save, or begin to save, the run as it is now."""
         recipe = self._parts.recipe
-        extra = {"consumed_samples": position.consumed_samples, "data": progress.to_json()}
+        extra: dict[str, Any] = {
+            "consumed_samples": position.consumed_samples,
+            "data": progress.to_json(),
+            "data_order": self._data_order,
+        }
         if spikes is not None:
             extra["loss_spike"] = spikes.to_json()
         with _tokenizer_files(self._parts) as files:

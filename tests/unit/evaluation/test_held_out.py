@@ -76,6 +76,24 @@ def test_a_recipe_without_validation_data_is_refused(recipe: Any) -> None:
         held_out_questions(recipe)
 
 
+def test_documents_are_left_out_and_counted(recipe: Any) -> None:
+    for path in (recipe.data.valid.path, recipe.data.train.path):
+        with path.open("a") as file:
+            file.write(json.dumps({"text": "Nothing is asked here."}) + "\n")
+    asked = held_out_questions(recipe)
+    assert [(question.text, *question.references) for question in asked.questions] == ROWS
+    assert [(Path(row.key).name, row.reason) for row in asked.left_out] == [
+        ("valid.jsonl:5", "document, where nothing is asked")
+    ]
+    assert baselines(recipe, asked.questions, [Answer(n, str(n), "") for n in range(len(ROWS))], ExactMatch())
+
+
+def test_documents_alone_are_refused(recipe: Any) -> None:
+    recipe.data.valid.path.write_text(json.dumps({"text": "Nothing is asked here."}) + "\n")
+    with pytest.raises(ValueError, match="all 1 usable rows are documents: none asks"):
+        held_out_questions(recipe)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

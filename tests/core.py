@@ -35,8 +35,8 @@ CORE: dict[str, tuple[str, ...]] = {
         "H-tp2_ep2_etp2",
     ),
     "tests/e2e/test_faults.py::test_a_signal_to_everybody_is_survived_with_workers_and_writers": ("in a save",),
-    "tests/e2e/test_spikes.py::test_without_a_spike_nothing_is_different": ("rewind",),
-    "tests/e2e/test_spikes.py::test_a_spike_is_told_with_its_samples": ("skip",),
+    "tests/e2e/test_loss_spikes.py::test_without_a_spike_nothing_is_different": ("rewind",),
+    "tests/e2e/test_loss_spikes.py::test_a_spike_is_told_with_its_samples": ("skip",),
 }
 """Test (patterns allowed) -> ids of the cases that run by default."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up import llava, write_image, write_jsonl
+from made_up_source import llava, write_image, write_jsonl
 
 from megavlm.prepare import FORMATS, FormatOptions
 from megavlm.prepare.formats import find_format

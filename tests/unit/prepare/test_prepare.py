@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from made_up import llava, write_image, write_jsonl
+from made_up_source import llava, write_image, write_jsonl
 
 from megavlm.data import DATASETS, Conversation, Dataset, ImageRef, parse_conversation
 from megavlm.prepare import FORMATS, FormatOptions, ImageLimits, PrepareSettings, prepare

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 import pytest
-from made_up import llava, write_image, write_jsonl
+from made_up_source import llava, write_image, write_jsonl
 
 from megavlm.data import DATASETS, Dataset, ImageRef
 from megavlm.data.image import load_image

@@ -1,9 +1,9 @@
 """Runs a function on several gloo ranks: ``run_ranks(function, world_size, *args)``.
 
-Starting a rank costs seconds (python, torch, megatron-core), so ranks are kept: the processes of the first call serve
-every later call of the session, whatever its world size. Each call gets a default process group of its own, and
-megatron-core's groups are destroyed after it. Ranks that fail together are kept; a rank that hangs or dies takes all
-with it, and the next call starts new ones.
+Starting a rank costs seconds (python, torch, megatron-core), so ranks are forked from a server that has imported, and
+only that, and they are kept: the processes of the first call serve every later call of the session, whatever its world
+size. Each call gets a default process group of its own, and megatron-core's groups are destroyed after it. Ranks that
+fail together are kept; a rank that hangs or dies takes all with it, and the next call starts new ones.
 
 The function must be importable by name (defined at the top of a test module), and so must what is pickled with it.
 """
@@ -40,6 +40,13 @@ _OUTPUT_LINES = 40
 _MOST_THREADS = 400
 
 
+FORKS = multiprocessing.get_context("forkserver")
+"""Starts processes that have imported already. Forked from this process they could hang: tests leave threads in it."""
+FORKS.set_forkserver_preload(
+    ["megavlm", "megavlm.build", "megavlm.checkpoint", "megavlm.training.loop", "numpy.testing"]
+)
+
+
 class RankError(RuntimeError):
     """A rank failed. The text holds the traceback and the last output of the one that failed first."""
 
@@ -60,10 +67,9 @@ class _Rank:
 
     def __init__(self, rank: int, folder: Path) -> None:
         self.output = folder / f"rank{rank}.txt"
-        context = multiprocessing.get_context("spawn")
-        self.connection, far_end = context.Pipe()
+        self.connection, far_end = FORKS.Pipe()
         # not a daemon: those may have no children, and saving a checkpoint starts some
-        self.process = context.Process(target=_serve, args=(rank, far_end, os.getpid(), self.output), daemon=False)
+        self.process = FORKS.Process(target=_serve, args=(rank, far_end, self.output), daemon=False)
         self.process.start()
         far_end.close()
 
@@ -140,14 +146,7 @@ def _start_ranks(world_size: int) -> Path:
         close_ranks()
     if _folder is None:
         _folder = Path(tempfile.mkdtemp(prefix="ranks"))
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        started = [_Rank(number, _folder) for number in range(len(_ranks), world_size)]
-    finally:
-        os.environ.pop("OMP_NUM_THREADS")
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
+    started = [_Rank(number, _folder) for number in range(len(_ranks), world_size)]
     _ranks.extend(started)
     for rank in started:
         if not rank.connection.poll(300):
@@ -189,8 +188,9 @@ def _tail(file: Path) -> str:
 # ---- in the ranks ----------------------------------------------------------------------------------------------------
 
 
-def _serve(rank: int, connection: multiprocessing.connection.Connection, parent: int, output: Path) -> None:
-    """Answer calls until the parent closes the connection or is gone."""
+def _serve(rank: int, connection: multiprocessing.connection.Connection, output: Path) -> None:
+    """Answer calls until the other end closes the connection or is gone: the server, too, ends with its process."""
+    parent = os.getppid()
     os.setsid()  # the parent kills the group
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

@@ -1,6 +1,5 @@
 """A run is killed while it saves, at every moment that the file system can see: what was saved before still loads."""
 
-import multiprocessing
 import os
 import resource
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 import checkpoint_model
 import pytest
 import torch
-from harness import run_ranks
+from harness import FORKS, run_ranks
 
 from megavlm.checkpoint import RunFolder, load_checkpoint, save_checkpoint, verify
 from megavlm.checkpoint.manifest import find_damage
@@ -23,9 +22,6 @@ STEP_BEFORE, STEP = 1, 2
 CHANGES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
 NO_MOMENT = 77
 
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["megavlm", "megavlm.checkpoint", "megavlm.models.vlm"])  # what takes seconds
 _MOST_SECONDS = 60.0
 
 
@@ -35,7 +31,7 @@ def in_child(function: Callable[..., None], *args: Any) -> int:
     It is forked from a server that has only imported, because other tests leave threads in this process, and what they
     hold stays locked in a fork of it.
     """
-    child = _FORKS.Process(target=_in_a_run, args=(function, args))
+    child = FORKS.Process(target=_in_a_run, args=(function, args))
     child.start()
     child.join(_MOST_SECONDS)
     if child.is_alive():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import yaml
-from command_line import command, command_environment
+from command_line import run_warm
 from PIL import Image
 
 NUM_ROWS = 24
@@ -108,15 +108,6 @@ def megavlm(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs ``megavlm ARGUMENTS`` to its end; output and errors together in ``stdout``."""
 
     def run(*arguments: object, timeout: float = 100.0) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command(*arguments),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-            env=command_environment(),
-            cwd=tmp_path,
-            check=False,
-        )
+        return run_warm(arguments, tmp_path, timeout)
 
     return run

@@ -59,7 +59,10 @@ def write_record(recipe: Recipe, arguments: Sequence[str], environment: Mapping[
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"{folder}: the record cannot be written there ({error.strerror}).") from None
+        raise ValueError(
+            f"{folder}: the record cannot be written there ({error.strerror}). Make room, or choose another "
+            "checkpoint.save."
+        ) from None
 
 
 def shell_variables(recipe: Recipe, folder: Path) -> str:

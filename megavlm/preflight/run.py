@@ -4,12 +4,13 @@ First every rank looks at itself and tells rank 0, which waits no longer than ag
 hangs. Only if all is well do the ranks try collectives. Everything that may hang runs in a thread of its own.
 """
 
+import contextlib
 import os
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megavlm.preflight.collective import Measured, measure
@@ -41,17 +42,14 @@ def run_preflight(recipe: Recipe, *, timeout_seconds: float) -> bool:
     if not timeout_seconds > 0:
         raise ValueError(f"--timeout-seconds={timeout_seconds:g}: must be above 0.")
     rank, world_size, local_rank = read_launcher()
-    watchdog = _start_watchdog(rank, 2 * timeout_seconds + _SHARED_SECONDS + 4 * _SLACK_SECONDS)
     me = Facts(rank, local_rank, node_name())
-    try:
-        meeting = Meeting(rank, world_size, timeout_seconds)
-    except TimeoutError as error:
-        _complain(f"{me.node} (rank {rank}): {error}; rank 0 should be on {expected_node(0, world_size)}")
-        return False
-    try:
+    with _end_process_after(2 * timeout_seconds + _SHARED_SECONDS + 4 * _SLACK_SECONDS, rank):
+        try:
+            meeting = Meeting(rank, world_size, timeout_seconds)
+        except TimeoutError as error:
+            _complain(f"{me.node} (rank {rank}): {error}; rank 0 should be on {expected_node(0, world_size)}")
+            return False
         return _Preflight(recipe, me, meeting, timeout_seconds).run()
-    finally:
-        watchdog.cancel()
 
 
 class _Preflight:
@@ -167,8 +165,9 @@ def _run_within(seconds: float, function: Callable[[], object]) -> bool:
     return not thread.is_alive()
 
 
-def _start_watchdog(rank: int, seconds: float) -> threading.Timer:
-    """End this process when the preflight takes longer than it ever should."""
+@contextlib.contextmanager
+def _end_process_after(seconds: float, rank: int) -> Iterator[None]:
+    """End this process when the block takes longer than it ever should."""
 
     def end() -> None:
         _complain(f"{node_name()} (rank {rank}): preflight did not end within {seconds:g} s")
@@ -177,7 +176,10 @@ def _start_watchdog(rank: int, seconds: float) -> threading.Timer:
     timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
-    return timer
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _complain(text: str) -> None:

@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def launcher(monkeypatch: pytest.MonkeyPatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
     return be
+
+
+@pytest.fixture(autouse=True)
+def _nothing_ends_this_process_later() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    timers = [thread for thread in set(threading.enumerate()) - before if isinstance(thread, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers)
 
 
 def test_a_single_process_checks_itself(launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

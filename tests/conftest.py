@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "parallel"))  # `from harness import run_ranks`, in every test folder
 
 import harness
-from core import is_core
+from core import forgotten, is_core
 
 import megavlm.runtime  # noqa: F401  settles the device before a test imports megatron.core
 
@@ -56,6 +56,8 @@ class _FailuresAtOnce:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out cases that do not run by default, and say how many; a test asked for by its case's name runs."""
+    if config.args == config.getini("testpaths") and (lost := forgotten(item.nodeid for item in items)):
+        raise pytest.UsageError(f"tests/core.py names what is not there: {', '.join(lost)}")
     if config.getoption("--everything") or any("[" in argument for argument in config.args):
         return
     left_out = [item for item in items if not is_core(item.nodeid)]

@@ -28,6 +28,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_namespace_packages(include=["megavlm", "megavlm.*"]),
+    package_data={"megavlm.inspection": ["template/*"]},
     python_requires=">=3.11",
     install_requires=read_requirements("requirements.txt"),
     extras_require={

@@ -14,7 +14,7 @@ from megavlm.engines.fp8 import check_sides
 from megavlm.models.products import product_sides
 from megavlm.models.vlm import VLM, model_vocab_size
 from megavlm.recipe import Recipe
-from megavlm.runtime.layout import check_parallel_config
+from megavlm.runtime.layout import NothingSplit, check_parallel_config
 from megavlm.runtime.seed import set_seed
 
 
@@ -49,6 +49,7 @@ class Parts:
             vp_stage=stage.vp_stage,
             backend=self.recipe.engine.backend,
             bf16_parts=self.recipe.engine.bf16_parts,
+            seed=self.recipe.training.seed,
         )
 
     def build_chunks(self) -> list[torch.nn.Module]:
@@ -64,22 +65,29 @@ def check_run(recipe: Recipe, world_size: int) -> None:
     """
     language = recipe.model.language
     engine = recipe.engine
-    recipe.model.vision.check_layout(engine.tensor_model_parallel_size)
+    tp = engine.tensor_model_parallel_size
+    recipe.model.vision.check_layout(tp)
     if isinstance(engine, DeepSpeedEngineConfig):
         engine.check_experts(language.num_moe_experts)
     divisor = language.make_vocab_size_divisible_by
     pad = engine.pad_multiple
     check_parallel_config(
         engine,
-        language,
+        NothingSplit() if recipe.model.learns_from_pairs else recipe.model.decoder,
         world_size=world_size,
         micro_batch_size=recipe.training.micro_batch_size,
         global_batch_size=recipe.training.global_batch_size,
         seq_length=-(-recipe.data.seq_length // pad) * pad,
         padded_vocab_size=divisor,
     )
+    if recipe.model.learns_from_pairs and recipe.training.micro_batch_size * world_size == tp:
+        raise ValueError(
+            f"training.micro_batch_size={recipe.training.micro_batch_size}: with 1 data-parallel rank a micro-batch is "
+            "1 pair, and the negatives of model.language.kind='qformer_text' are the other pairs of the micro-batch on "
+            "all data-parallel ranks. Raise it, or start more processes."
+        )
     if engine.active_fp8 is not None:
-        check_sides(engine.active_fp8, product_sides(recipe.model, engine.tensor_model_parallel_size))
+        check_sides(engine.active_fp8, product_sides(recipe.model, tp))
 
 
 def build_processor(recipe: Recipe) -> SampleProcessor:
@@ -96,6 +104,7 @@ def build_processor(recipe: Recipe) -> SampleProcessor:
         tile_size=recipe.model.vision.image_size,
         tokens_per_tile=recipe.model.tokens_per_tile,
         route=recipe.model.fusion.tile_route,
+        pairs_only=recipe.model.learns_from_pairs,
     )
 
 

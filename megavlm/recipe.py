@@ -5,16 +5,18 @@ can only be checked on the whole is checked.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 
 from megavlm.config import Config
 from megavlm.data import DataConfig, TokenizerConfig
 from megavlm.engines import AnyEngineConfig, OptimizerSettings
+from megavlm.models.blip2 import QFormerTextConfig
+from megavlm.models.part import Trainable
 from megavlm.models.vlm import VLMConfig
 
-Part = Literal["vision", "connector", "cross_attention", "language", "lora"]
+Part = Literal["vision", "connector", "cross_attention", "language", "lora", "text"]
 """As ``megavlm.models.part.PARTS``."""
 
 
@@ -60,6 +62,9 @@ class TrainingConfig(Config):
 
     trainable: list[Part] = pydantic.Field(min_length=1)
     """Parts whose weights change; the others are frozen."""
+    trainable_within: dict[Part, Annotated[list[str], pydantic.Field(min_length=1)]] = {}
+    """Part of ``trainable`` -> the modules of it that train, while its others are frozen: names below the part, with
+    ``*`` and ranges of numbers (``vision: [decoder.layers.42-44]``)."""
     lr_scale: dict[Part, pydantic.PositiveFloat] = {}
     """Part -> what its learning rate is multiplied by, from warm-up to ``min_lr``; 1 for those that are not named."""
     train_iters: pydantic.PositiveInt
@@ -77,6 +82,11 @@ class TrainingConfig(Config):
     """Watch for spikes of the loss; None: do not. Steps whose gradients are not finite are always skipped."""
     exit_duration_in_mins: pydantic.PositiveFloat | None = None
     """Save and stop after this long; the run can be resumed."""
+
+    @property
+    def trained(self) -> Trainable:
+        """Which parameters train."""
+        return Trainable(frozenset(self.trainable), {str(part): names for part, names in self.trainable_within.items()})
 
 
 class CheckpointConfig(Config):
@@ -96,6 +106,15 @@ class CheckpointConfig(Config):
     """Write checkpoints in processes beside training."""
     verify: bool = True
     """Compare every file of a checkpoint with its manifest before loading it."""
+    fall_back: bool = False
+    """If the newest checkpoint is damaged, set it aside with a warning and resume from the newest that is not. False:
+    the run ends with an error that names that one."""
+
+    @pydantic.model_validator(mode="after")
+    def _finds_damage(self) -> "CheckpointConfig":
+        if self.fall_back and not self.verify:
+            raise ValueError("checkpoint.fall_back=true: checkpoint.verify is false, so no damage is found. Set it.")
+        return self
 
     @property
     def pretrained_checkpoints(self) -> list[Path]:
@@ -133,6 +152,10 @@ class Recipe(Config):
             )
         self._check_cross_attention_trains()
         self._check_lora_trains()
+        self._check_text_side_trains()
+        if self.model.learns_from_pairs:
+            self._check_pairs()
+        self._check_parts_of_modules_train()
         self._check_scaled_parts_train()
         self._check_rewind_finds_checkpoints()
         optimizer = self.training.optimizer
@@ -164,6 +187,61 @@ class Recipe(Config):
             raise ValueError(
                 f"training.trainable={trainable}: LoRA starts at zero and would stay so. Add lora, or start from "
                 "trained weights (checkpoint.pretrained_checkpoint)."
+            )
+
+    def _check_text_side_trains(self) -> None:
+        trainable, kind = self.training.trainable, self.model.language.kind
+        absent = {"language", "lora"} if self.model.learns_from_pairs else {"text"}
+        if named := absent.intersection(trainable):
+            raise ValueError(
+                f"training.trainable={trainable}: model.language.kind={kind!r} has no {' and no '.join(sorted(named))}. "
+                f"Name {'text' if self.model.learns_from_pairs else 'language'} in its place, or leave it out."
+            )
+        if self.model.learns_from_pairs and "text" not in trainable and not self.checkpoint.pretrained_checkpoints:
+            raise ValueError(
+                f"training.trainable={trainable}: the text side of the Q-Former starts untrained and would stay so. Add "
+                "text, or start from trained weights (checkpoint.pretrained_checkpoint)."
+            )
+
+    def _check_pairs(self) -> None:
+        """What the first stage of BLIP-2 asks of data and engine."""
+        data, engine, language = self.data, self.engine, self.model.language
+        assert isinstance(language, QFormerTextConfig)
+        if engine.kind != "megatron" or engine.pipeline_model_parallel_size > 1:
+            raise ValueError(
+                f"engine.kind={engine.kind!r}, engine.pipeline_model_parallel_size="
+                f"{engine.pipeline_model_parallel_size}: the Q-Former and its text side (model.language.kind="
+                f"{language.kind!r}) are one pipeline stage of the megatron engine. Set them to megatron and 1; more "
+                "ranks can share the data or, by tensor_model_parallel_size, the vision encoder."
+            )
+        max_tiles = data.tiling.build(self.model.vision.image_size).max_tiles
+        wrong = {
+            f"packing={data.packing}": (data.packing is not None, "null"),
+            f"tiling.kind={data.tiling.kind!r}": (max_tiles > 1, "whole or square"),
+            f"tile_tags={data.tile_tags!r}": (data.tile_tags != "none", "none"),
+            f"image_wrapper={data.image_wrapper!r}": (data.image_wrapper != "none", "none"),
+            f"over_length={data.over_length!r}": (data.over_length == "truncate_images", "skip or truncate_text"),
+        }
+        for setting, (is_wrong, remedy) in wrong.items():
+            if is_wrong:
+                raise ValueError(
+                    f"data.{setting}: model.language.kind={language.kind!r} learns from pairs: in each row one tile and "
+                    f"the tokens of its caption. Set it to {remedy}."
+                )
+        longest = data.seq_length - self.model.tokens_per_tile
+        if longest + 1 > language.max_position_embeddings:
+            raise ValueError(
+                f"data.seq_length={data.seq_length}: leaves {longest} tokens for a caption, and "
+                f"model.language.max_position_embeddings={language.max_position_embeddings} has room for "
+                f"{language.max_position_embeddings - 1} behind the start token. Lower it, or raise the positions."
+            )
+
+    def _check_parts_of_modules_train(self) -> None:
+        training = self.training
+        if frozen := sorted(training.trainable_within.keys() - set(training.trainable)):
+            raise ValueError(
+                f"training.trainable_within={training.trainable_within}: names {', '.join(frozen)}, and "
+                f"training.trainable={training.trainable}. Add the part there, or leave it out here."
             )
 
     def _check_scaled_parts_train(self) -> None:

@@ -9,6 +9,7 @@ export MEGAVLM_HOME
 # shellcheck source=slurm/cluster.env
 source "${MEGAVLM_CLUSTER_ENV:-$MEGAVLM_HOME/slurm/cluster.env}"
 
+make_room='Is the disk full? Make room, then submit again: it resumes.'
 say() { echo "[$(date '+%F %T')] job ${SLURM_JOB_ID:-?}: $*"; }
 fail() { say "$1" >&2; exit "${2:-1}"; }
 
@@ -68,7 +69,7 @@ run_step() {
     threads=$(env -u OMP_NUM_THREADS nproc)
     threads=$(((threads < ${SLURM_CPUS_ON_NODE:-$threads} ? threads : SLURM_CPUS_ON_NODE) / ranks))
     export LOCAL_WORLD_SIZE=$ranks STEP_FOLDER=$record/$name OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-    mkdir -p "$STEP_FOLDER"
+    mkdir -p "$STEP_FOLDER" || fail "$STEP_FOLDER: cannot be made. $make_room"
     choose_port
     # shellcheck disable=SC2086  # CONTAINER_COMMAND is several words
     srun "${options[@]}" "${container[@]}" $CONTAINER_COMMAND bash "$MEGAVLM_HOME/slurm/rank.sh" "$PYTHON" "$@" &
@@ -102,7 +103,7 @@ train() {
     run_step preflight "${#nodes[@]}" "$RANKS_PER_NODE" --kill-on-bad-exit=0 --wait=15 -- \
         -m megavlm preflight "$@" --timeout-seconds "$PREFLIGHT_SECONDS"
     if [ "$step_status" != 0 ] && [ -z "$asked_by" ]; then
-        note "failed in preflight"
+        note "failed in preflight" || true
         fail "preflight failed. Leave out a node it names with: sbatch --exclude=NODE"
     fi
     run_step train "${#nodes[@]}" "$RANKS_PER_NODE" --kill-on-bad-exit=1 -- -m megavlm train "$@"
@@ -110,18 +111,21 @@ train() {
 }
 
 saved_step() { cat "$RUN_FOLDER/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
-note() { echo "attempt $MEGAVLM_ATTEMPT: $1 $(date '+%F %T'), step $(saved_step) saved, $SLURM_JOB_NODELIST" >>"$attempts"; }
+note() {
+    echo "attempt $MEGAVLM_ATTEMPT: $1 $(date '+%F %T'), step $(saved_step) saved, $SLURM_JOB_NODELIST" >>"$attempts" ||
+        { say "$attempts: cannot be written to. $make_room" >&2 && return 1; }
+}
 count() { grep -cE "^attempt [0-9]+: $1" "$attempts" || true; }
 
 # An attempt that was started and left no other line ended with its node: it counts as crashed.
 begin_attempt() {
-    touch "$attempts"
+    touch "$attempts" || fail "$attempts: cannot be made. $make_room"
     num_crashes=$(($(count started) - $(count stopped)))
     first_step=$(saved_step)
     if ((num_crashes > MAX_RESTARTS)); then
         fail "$num_crashes crashes, and MAX_RESTARTS=$MAX_RESTARTS. Look into $(dirname "$record"), then submit again."
     fi
-    note started
+    note started || exit 1   # attempts that are not counted could go on for ever
     say "attempt $MEGAVLM_ATTEMPT on ${nodes[*]}, $RANKS_PER_NODE rank(s) each, after step $first_step; record: $record"
 }
 
@@ -130,16 +134,16 @@ end_attempt() {
     local state
     state=$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID" 2>/dev/null || true)
     if [ "$step_status" = 0 ] && [ "$(saved_step)" -ge "$TRAIN_ITERS" ]; then
-        note done
+        note done || true
         say "done: all $TRAIN_ITERS steps, in $RUN_FOLDER"
     elif [ "$asked_by" = SIGTERM ] && [ "$state" != RUNNING ]; then
-        note "stopped (cancelled)"
+        note "stopped (cancelled)" || true
         fail "cancelled after step $(saved_step); the same command resumes it" 143
     elif [ -n "$asked_by" ] || { [ "$step_status" = 0 ] && [ "$(saved_step)" != "$first_step" ]; }; then
-        note "stopped"
+        note "stopped" || true
         requeue "stopped after step $(saved_step) of $TRAIN_ITERS"
     else
-        note "crashed (exit status $step_status)"
+        note "crashed (exit status $step_status)" || true
         num_crashes=$((num_crashes + 1))
         say "training ended with exit status $step_status; what each rank said: $STEP_FOLDER" >&2
         if ((num_crashes > MAX_RESTARTS)); then

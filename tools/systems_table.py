@@ -67,8 +67,8 @@ SYSTEMS = (
     System(
         "BLIP-2",
         "blip2",
-        ("blip2_7b_stage2",),
-        "stage 1 (ITC, ITM, ITG); OPT and Flan-T5; training of the LayerNorm behind the frozen encoder",
+        ("blip2_stage1", "blip2_7b_stage2"),
+        "start from BERT; OPT and Flan-T5; training of the LayerNorm behind the frozen encoder",
     ),
     System(
         "MiniGPT-4 7B",
@@ -152,11 +152,13 @@ def _connector(model: VLMConfig) -> str:
 
 def _fusion(model: VLMConfig) -> str:
     layers = model.cross_attention_layers
-    return model.fusion.kind + (f", {len(layers)} of {model.language.num_layers} layers" if layers else "")
+    return model.fusion.kind + (f", {len(layers)} of {model.decoder.num_layers} layers" if layers else "")
 
 
 def _language(model: VLMConfig) -> str:
-    language = model.language
+    if model.learns_from_pairs:
+        return "none"
+    language = model.decoder
     text = f"{language.num_layers} x {language.hidden_size}"
     if language.moe is not None:
         text += f", {language.moe.num_moe_experts} experts in {len(language.layers_with_experts)} layers"

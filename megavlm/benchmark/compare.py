@@ -68,13 +68,16 @@ def _make_folder(path: Path) -> None:
 
 
 def _run(job: Job, *, is_quiet: bool) -> None:
-    if job.clears is not None and job.clears.exists():
-        if job.clears.is_dir():
-            shutil.rmtree(job.clears)
+    for path in job.clears:
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            job.clears.unlink()
+            path.unlink(missing_ok=True)
     job.stage.folder.parent.mkdir(parents=True, exist_ok=True)
     save_recipe(job.stage.recipe, job.stage.file)
+    if job.score is not None:
+        job.score.file.parent.mkdir(parents=True, exist_ok=True)
+        save_recipe(job.score.dataset, job.score.file)
     run_command(job.name, job.arguments, job.output if is_quiet else None)
     if job.kind != "train":
         return

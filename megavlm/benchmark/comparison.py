@@ -12,9 +12,12 @@ import pydantic
 from megavlm.benchmark.override import share_out
 from megavlm.build import build_processor, check_run
 from megavlm.config import Config, load_recipe
+from megavlm.data.datasets import DatasetConfig
 from megavlm.recipe import Recipe
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+SCORES_FOLDER = "scores"
+"""In the folder of a last stage: results on ``scores``."""
 _OWN_KEYS = {"checkpoint.save": "`save`", "training.seed": "`seeds`"}
 """Keys of a recipe that the comparison sets itself -> the key of the comparison that they come from."""
 
@@ -38,7 +41,11 @@ class Comparison(Config):
     overrides: list[str] = []
     """``key=value`` for every stage of every variant."""
     variants: dict[str, list[str]] = pydantic.Field(min_length=1)
-    """Name -> its ``key=value`` for every stage. The first is what the others' speed is divided by."""
+    """Name -> its ``key=value`` for every stage, or ``STAGE.key=value`` for one of them alone. The first is what the
+    others' speed is divided by."""
+    scores: dict[str, DatasetConfig] = {}
+    """Name -> held-out conversations on which the last stage is evaluated besides ``data.valid``: text alone, for
+    instance. Each is a column of the table."""
     seeds: list[pydantic.NonNegativeInt] = pydantic.Field(default=[1], min_length=1)
     """Each variant is trained once with each as ``training.seed``; the first one is timed."""
     save: Path
@@ -50,13 +57,14 @@ class Comparison(Config):
 
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> "Comparison":
-        for name in self.variants:
-            if not _FOLDER_NAME.fullmatch(name):
-                raise ValueError(
-                    f"variants={name!r}: is also a folder's name, so it may hold letters, digits and . _ + - only and "
-                    "begins with a letter or digit. Rename it."
-                )
-        for key, names in (("seeds", list(map(str, self.seeds))), ("stages", [path.stem for path in self.stages])):
+        for key, named in (("variants", self.variants), ("scores", self.scores)):
+            for name in named:
+                if not _FOLDER_NAME.fullmatch(name):
+                    raise ValueError(
+                        f"{key}={name!r}: is also a folder's name, so it may hold letters, digits and . _ + - only and "
+                        "begins with a letter or digit. Rename it."
+                    )
+        for key, names in (("seeds", list(map(str, self.seeds))), ("stages", self.stage_names)):
             twice = [name for name in names if names.count(name) > 1]
             if twice:
                 raise ValueError(
@@ -65,10 +73,27 @@ class Comparison(Config):
                 )
         for where, overrides in {"overrides": self.overrides, **_by_name(self.variants)}.items():
             for override in overrides:
-                check_override(where, override)
+                check_override(where, self._of_stage(override)[1])
         if not self.train and self.speed is None:
             raise ValueError("train=False: and speed=null, so there is nothing to do. Leave one of them out.")
         return self
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Of the stages' files, without their endings."""
+        return [path.stem for path in self.stages]
+
+    def overrides_for(self, stage: str, variant: str) -> list[str]:
+        """What changes a stage's recipe in a variant: what is for every stage, and what is for this one."""
+        meant = [self._of_stage(override) for override in (*self.overrides, *self.variants[variant])]
+        return [override for name, override in meant if name in (None, stage)]
+
+    def _of_stage(self, override: str) -> tuple[str | None, str]:
+        """The stage that an override is for, and the override of its recipe; None: for every stage."""
+        for name in self.stage_names:
+            if name not in Recipe.model_fields and override.startswith(f"{name}."):
+                return name, override.removeprefix(f"{name}.")
+        return None, override
 
 
 @dataclass(frozen=True)
@@ -91,12 +116,28 @@ class PlannedStage:
 
 
 @dataclass(frozen=True)
+class PlannedScore:
+    """Held-out conversations that a run is evaluated on besides its recipe's."""
+
+    name: str
+    dataset: DatasetConfig
+    folder: Path
+    """Of the results."""
+
+    @property
+    def file(self) -> Path:
+        """Where the dataset is written before the evaluation, so that results on another one are noticed."""
+        return self.folder.with_name(self.folder.name + ".yaml")
+
+
+@dataclass(frozen=True)
 class Chain:
     """A variant with a seed: all its stages."""
 
     variant: str
     seed: int
     stages: tuple[PlannedStage, ...]
+    scores: tuple[PlannedScore, ...] = ()
 
     @property
     def last(self) -> PlannedStage:
@@ -137,7 +178,7 @@ def plan_chains(comparison: Comparison, overrides: Sequence[str], num_ranks: int
     """
     chains = []
     for seed in comparison.seeds:
-        for variant, own in comparison.variants.items():
+        for variant in comparison.variants:
             stages: list[PlannedStage] = []
             for file in comparison.stages:
                 folder = comparison.save / variant / f"seed{seed}" / file.stem
@@ -145,7 +186,8 @@ def plan_chains(comparison: Comparison, overrides: Sequence[str], num_ranks: int
                 if stages:
                     fixed.append(f"checkpoint.pretrained_checkpoint={json.dumps(str(stages[-1].folder))}")
                 with _naming(f"variants.{variant}, stage {file.stem}"):
-                    recipe = load_recipe(file, [*comparison.overrides, *own, *overrides, *fixed], Recipe)
+                    own = comparison.overrides_for(file.stem, variant)
+                    recipe = load_recipe(file, [*own, *overrides, *fixed], Recipe)
                     check_run(recipe, num_ranks)
                 stages.append(PlannedStage(file.stem, recipe))
             if comparison.train and stages[-1].recipe.data.valid is None:
@@ -153,7 +195,9 @@ def plan_chains(comparison: Comparison, overrides: Sequence[str], num_ranks: int
                     f"variants.{variant}: data.valid=None in its last stage {stages[-1].name}: there is nothing to "
                     "evaluate on. Name a dataset."
                 )
-            chains.append(Chain(variant, seed, tuple(stages)))
+            place = stages[-1].folder / SCORES_FOLDER
+            scores = (PlannedScore(name, dataset, place / name) for name, dataset in comparison.scores.items())
+            chains.append(Chain(variant, seed, tuple(stages), tuple(scores)))
     return chains
 
 
@@ -169,7 +213,8 @@ def check_inputs(chains: Sequence[Chain]) -> None:
             recipe = stage.recipe
             with _naming(f"variants.{chain.variant}, stage {stage.name}"):
                 build_processor(recipe)
-                for dataset in (recipe.data.train, recipe.data.valid):
+                used = [recipe.data.train, recipe.data.valid, *(score.dataset for score in chain.scores)]
+                for dataset in used:
                     if dataset is not None and (text := dataset.model_dump_json()) not in seen:
                         dataset.build()
                         seen.add(text)

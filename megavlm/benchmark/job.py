@@ -1,12 +1,15 @@
 """What is left to do of a comparison, read from its folders: what is finished is not run again, and what was made with
 another recipe is not taken for this one's."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megavlm.benchmark.comparison import Chain, Comparison, PlannedStage
+import yaml
+
+from megavlm.benchmark.comparison import SCORES_FOLDER, Chain, Comparison, PlannedScore, PlannedStage
 from megavlm.benchmark.speed import read_speed
 from megavlm.checkpoint import RunFolder
 from megavlm.config import load_recipe
@@ -27,8 +30,10 @@ class Job:
     output: Path
     """Where its output goes if it is not shown."""
     stage: PlannedStage
-    clears: Path | None = None
-    """File or folder of an older try, removed before the command starts."""
+    clears: tuple[Path, ...] = ()
+    """Files and folders of an older try, removed before the command starts."""
+    score: PlannedScore | None = None
+    """What an evaluation is on, if not on the recipe's own held-out data."""
 
 
 def plan_jobs(comparison: Comparison, chains: Sequence[Chain], num_ranks: int) -> list[Job]:
@@ -65,9 +70,22 @@ def steps_done(stage: PlannedStage) -> int:
 
 
 def is_evaluated(chain: Chain) -> bool:
-    """Whether the last stage is trained to its end and its evaluation is there."""
-    stage = chain.last
-    return steps_done(stage) == stage.recipe.training.train_iters and (stage.folder / EVALUATION_FILE).exists()
+    """Whether the last stage is trained to its end and all its evaluations are there.
+
+    Raises:
+        ValueError: one of them was made with other settings.
+    """
+    if steps_done(chain.last) < chain.last.recipe.training.train_iters:
+        return False
+    return (chain.last.folder / EVALUATION_FILE).exists() and all(map(_is_scored, chain.scores))
+
+
+def _is_scored(score: PlannedScore) -> bool:
+    if not (score.folder / EVALUATION_FILE).exists():
+        return False
+    before = yaml.safe_load(score.file.read_text(encoding="utf-8"))
+    check_same(score.folder, {score.name: before}, {score.name: score.dataset.model_dump(mode="json")})
+    return True
 
 
 def round_file(comparison: Comparison, number: int, variant: str) -> Path:
@@ -112,13 +130,26 @@ def _plan_chain(chain: Chain, num_ranks: int) -> list[Job]:
                     ("train", str(stage.file), *_ranks(num_ranks)),
                     stage.folder / "output.txt",
                     stage,
-                    clears=stage.folder / EVALUATION_FILE,  # of a half-trained model, if a person made one
+                    # of a half-trained model, if a person made one
+                    clears=(stage.folder / EVALUATION_FILE, stage.folder / SCORES_FOLDER),
                 )
             )
+    return jobs + _plan_evaluations(chain, name, num_ranks, is_trained=not any(job.stage is chain.last for job in jobs))
+
+
+def _plan_evaluations(chain: Chain, name: str, num_ranks: int, *, is_trained: bool) -> list[Job]:
     last = chain.last
-    if any(job.stage is last for job in jobs) or not is_evaluated(chain):
+    output = last.folder / "output.txt"
+    jobs = []
+    if not (is_trained and (last.folder / EVALUATION_FILE).exists()):
         arguments = ("eval", str(last.folder), *_ranks(num_ranks))
-        jobs.append(Job("eval", f"{name}: evaluate {last.name}", arguments, last.folder / "output.txt", last))
+        jobs.append(Job("eval", f"{name}: evaluate {last.name}", arguments, output, last))
+    for score in chain.scores:
+        if not (is_trained and _is_scored(score)):
+            on = f"data.valid={json.dumps(score.dataset.model_dump(mode='json'))}"  # JSON is YAML
+            arguments = ("eval", str(last.folder), on, "--output", str(score.folder), *_ranks(num_ranks))
+            text = f"{name}: evaluate {last.name} on {score.name}"
+            jobs.append(Job("eval", text, arguments, output, last, clears=(score.folder,), score=score))
     return jobs
 
 
@@ -148,7 +179,7 @@ def _plan_round(comparison: Comparison, chains: Sequence[Chain], number: int, nu
                 ("bench", "speed", str(stage.file), *options, *_ranks(num_ranks)),
                 comparison.save / "speed" / "output.txt",
                 stage,
-                clears=None if jobs else file.parent,
+                clears=() if jobs else (file.parent,),
             )
         )
     return jobs

@@ -31,10 +31,10 @@ def draw_comparison(path: Path, chains: Sequence[Chain], results: Results) -> No
     colors = {variant: f"C{number % 10}" for number, variant in enumerate(results.variants)}
     trained = [chain for chain in chains if (chain.stages[0].folder / METRICS_FILE).exists()]
     by_flops = bool(trained) and _differ_in_flops(results)
-    panels = [bool(trained), by_flops, bool(results.runs), bool(results.rounds)]
-    if not any(panels):
+    scored = ["exact match", *results.scores] if results.runs else []
+    widths = [2.2] * (bool(trained) + by_flops) + [1.0] * (len(scored) + bool(results.rounds))
+    if not widths:
         return
-    widths = [width for width, is_drawn in zip((2.2, 2.2, 1.0, 1.0), panels, strict=True) if is_drawn]
     size = (1.0 + 3.6 * sum(widths), 4.6)
     figure, row = plt.subplots(1, len(widths), figsize=size, width_ratios=widths, squeeze=False, layout="constrained")
     axes = iter(row.flat)
@@ -42,10 +42,13 @@ def draw_comparison(path: Path, chains: Sequence[Chain], results: Results) -> No
         _draw_losses(next(axes), trained, colors)
     if by_flops:
         _draw_losses_by_flops(next(axes), trained, colors, results)
-    if results.runs:
-        scores = {variant: [run.exact_match for run in results.of(variant)] for variant in results.variants}
+    for name in scored:
+        scores = {
+            variant: [run.scores.get(name, run.exact_match) for run in results.of(variant)]
+            for variant in results.variants
+        }
         panel = next(axes)
-        _draw_bars(panel, scores, colors, "exact match (mean; dots: seeds)", statistics.fmean)
+        _draw_bars(panel, scores, colors, f"{name} (mean; dots: seeds)", statistics.fmean)
         panel.set_ylim(0, 1)
         panel.yaxis.set_major_formatter(PercentFormatter(1.0))
     if results.rounds:

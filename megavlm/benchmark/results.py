@@ -3,9 +3,9 @@
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import rich.box
 from rich.console import Console
@@ -48,6 +48,8 @@ class RunResult:
     """Tiles of a question -> exact match and number of questions."""
     validation_loss: float | None
     """At the end of the last stage."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Exact match on each of the comparison's ``scores``."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Results:
     runs: list[RunResult]
     rounds: list[dict[str, Speed]]
     """Complete rounds: variant -> its measurement."""
+    scores: list[str] = field(default_factory=list)
+    """Names of what the runs are evaluated on besides their held-out data."""
 
     def of(self, variant: str) -> list[RunResult]:
         """The runs of a variant."""
@@ -82,16 +86,18 @@ class Results:
 
     def table(self) -> list[list[str]]:
         """The titles, then a row for each variant. Columns of what is not known of any variant are left out."""
+        titles = (*TITLES[:2], *self.scores, *TITLES[2:])
         rows = [[variant, *self._score_cells(variant), *self._speed_cells(variant)] for variant in self.variants]
         known = [any(cells) for cells in zip(*rows, strict=True)]
-        return [[cell for cell, keep in zip(row, known, strict=True) if keep] for row in (TITLES, *rows)]
+        return [[cell for cell, keep in zip(row, known, strict=True) if keep] for row in (titles, *rows)]
 
     def _score_cells(self, variant: str) -> list[str]:
         runs = self.of(variant)
         blank = f"{statistics.fmean(run.blank_images for run in runs):.1%}" if runs else ""
         losses = [run.validation_loss for run in runs if run.validation_loss is not None]
         loss = f"{statistics.fmean(losses):.4f}" if losses else ""
-        return [_shares([run.exact_match for run in runs]), blank, loss]
+        shares = [_shares([run.scores[name] for run in runs]) for name in self.scores]
+        return [_shares([run.exact_match for run in runs]), *shares, blank, loss]
 
     def _speed_cells(self, variant: str) -> list[str]:
         if not self.rounds:
@@ -119,7 +125,7 @@ def collect_results(comparison: Comparison, chains: Sequence[Chain]) -> Results:
         files = {variant: round_file(comparison, number, variant) for variant in variants}
         if all(file.exists() for file in files.values()):
             rounds.append({variant: read_speed(file) for variant, file in files.items()})
-    return Results(variants, runs, rounds)
+    return Results(variants, runs, rounds, list(comparison.scores))
 
 
 def write_results(folder: Path, results: Results) -> None:
@@ -157,7 +163,8 @@ def notes(results: Results) -> str:
     if results.runs:
         seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in results.runs}))
         questions = ", ".join(str(count) for count in sorted({run.num_questions for run in results.runs}))
-        parts.append(f"Exact match on {questions} questions: mean (each) of seed {seeds}.")
+        named = "".join(f", and on {name}" for name in results.scores)
+        parts.append(f"Exact match on {questions} questions{named}: mean (each) of seed {seeds}.")
     if results.rounds:
         one = results.rounds[0][results.variants[0]]
         parts.append(
@@ -182,7 +189,7 @@ def print_results(results: Results) -> None:
 
 def _read_run(chain: Chain) -> RunResult:
     folder = chain.last.folder
-    score = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))["score"]
+    score = _read_score(folder)
     validated = [point["lm loss validation"] for point in read_metrics(folder) if "lm loss validation" in point]
     names = ("exact_match", "blank_images", "most_frequent_answer", "num_questions", "by_num_tiles")
     return RunResult(
@@ -190,7 +197,13 @@ def _read_run(chain: Chain) -> RunResult:
         chain.seed,
         **{name: score[name] for name in names},
         validation_loss=validated[-1] if validated else None,
+        scores={one.name: _read_score(one.folder)["exact_match"] for one in chain.scores},
     )
+
+
+def _read_score(folder: Path) -> dict[str, Any]:
+    """What ``megavlm eval`` found."""
+    return json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))["score"]
 
 
 def _shares(values: Sequence[float]) -> str:

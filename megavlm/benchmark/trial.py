@@ -101,7 +101,7 @@ class Trial:
         chunks = self.parts.build_chunks()
         initialize_weights(chunks, recipe.training.seed)
         self.engine.num_sources = len(recipe.data.train.source_names)
-        freeze_except(chunks, recipe.training.trainable)
+        freeze_except(chunks, recipe.training.trained)
         scale_learning_rates(chunks, recipe.training.lr_scale)
         self.engine.wrap(chunks)
         self.engine.build_optimizer(recipe.training.optimizer)

@@ -21,7 +21,7 @@ A run folder holds::
 
 from megavlm.checkpoint.asynchronous import AsyncSaver
 from megavlm.checkpoint.folder import RunFolder
-from megavlm.checkpoint.load import Loaded, find_checkpoint, load_checkpoint
+from megavlm.checkpoint.load import Loaded, find_checkpoint, find_to_resume, load_checkpoint
 from megavlm.checkpoint.manifest import verify
 from megavlm.checkpoint.save import save_checkpoint
 
@@ -30,6 +30,7 @@ __all__ = [
     "Loaded",
     "RunFolder",
     "find_checkpoint",
+    "find_to_resume",
     "load_checkpoint",
     "save_checkpoint",
     "verify",

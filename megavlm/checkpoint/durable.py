@@ -1,8 +1,12 @@
 """Writes files so that they are on the disk, not only in its cache, when the next step relies on them."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
+
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Error numbers of a full disk, and of a quota that is used up."""
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -123,6 +124,19 @@ class RunFolder:
         durable.sync(self.path)
         shutil.rmtree(doomed)
 
+    def set_aside(self, damaged: Sequence[Iteration], newest: Iteration) -> list[Path]:
+        """Take the names from damaged checkpoints, so that ``newest`` is the newest again. Nothing is deleted.
+
+        Returns:
+            Where they are now (``iter_0000100.damaged-<token>``).
+        """
+        places = [self._beside(iteration, "damaged") for iteration in damaged]
+        for iteration, place in zip(damaged, places, strict=True):
+            os.rename(self.checkpoint(iteration), place)
+        durable.sync(self.path)
+        durable.replace_file(self.path / TRACKER_NAME, f"{newest}\n".encode())
+        return places
+
     def clean(self) -> list[str]:
         """Remove what a run that died left behind. For the start of the run that owns the folder, on rank 0.
 
@@ -148,6 +162,6 @@ class RunFolder:
                 shutil.rmtree(path)
         return [path.name for path, _ in leftovers]
 
-    def _beside(self, iteration: Iteration, state: Literal["writing", "deleting"]) -> Path:
+    def _beside(self, iteration: Iteration, state: Literal["writing", "deleting", "damaged"]) -> Path:
         """A fresh name, so that what a dying process still writes cannot end up in the next one's folder."""
         return self.path / f"{self.checkpoint(iteration).name}.{state}-{secrets.token_hex(4)}"

@@ -21,7 +21,7 @@ from megavlm.checkpoint.pickles import METADATA_NAME, check_objects, read_metada
 from megavlm.checkpoint.rng import reseed_from, restore_rng
 from megavlm.checkpoint.writer import EXTRA_NAME, rng_name
 from megavlm.engines import MegatronEngine
-from megavlm.models.part import part_of
+from megavlm.models.part import QFORMER_OUTPUT, part_of
 from megavlm.runtime.log import LOGGER, warn_once
 
 
@@ -62,7 +62,9 @@ def load_checkpoint(
             to load checkpoints of other programs, which have no manifest.
         allow_missing: how keys begin that the checkpoint need not hold (``("connector.",)``). Weights only.
         allow_missing_parts: parts of the model (``megavlm.models.part.PARTS``) of which the checkpoint need not hold
-            anything; of part of a part it must hold all. Weights only.
+            anything; of part of a part it must hold all. If ``text`` is among them, a checkpoint of BLIP-2's first
+            stage may have that part without the model having it, and need not hold the layer behind the Q-Former.
+            Weights only.
         allow_unexpected: how keys begin that the model need not have. Weights only.
 
     Raises:
@@ -84,13 +86,18 @@ def load_checkpoint(
     state = engine.sharded_state_dict(with_optimizer=with_optimizer, is_loading=True)
     mismatch = match.compare(state, metadata, info, folder)
     absent = match.absent_parts(metadata)
+    is_first_stage = "text" in set(allow_missing_parts) - absent
     match.check_allowed(
         mismatch,
         folder,
         allow_missing=lambda key: (
-            key.startswith(tuple(allow_missing)) or part_of(key) in absent.intersection(allow_missing_parts)
+            key.startswith(tuple(allow_missing))
+            or part_of(key) in absent.intersection(allow_missing_parts)
+            or (is_first_stage and key.startswith(QFORMER_OUTPUT))
         ),
-        allow_unexpected=lambda key: key.startswith(tuple(allow_unexpected)),
+        allow_unexpected=lambda key: (
+            key.startswith(tuple(allow_unexpected)) or (is_first_stage and part_of(key) == "text")
+        ),
     )
     _say_mismatch(mismatch, folder)
     _load_tensors(folder, engine, state, metadata, with_optimizer=with_optimizer)
@@ -110,6 +117,34 @@ def find_checkpoint(path: RunFolder | Path | str) -> Path | None:
         return None if run_folder.newest() is None and not _is_checkpoint(run_folder.path) else _find(path)
 
     return from_rank_0(f"looking for checkpoints in {path}", find)
+
+
+def find_to_resume(folder: RunFolder, *, verify: bool = True, fall_back: bool = False) -> Path | None:
+    """Return the checkpoint that a run goes on from, compared with its manifest; None where there is none. Collective.
+
+    Args:
+        folder: of the run.
+        verify: compare its files with the manifest, so that :func:`load_checkpoint` need not. False: just take it.
+        fall_back: if the newest is damaged, set it aside (``iter_0000100.damaged-<token>``) with a warning, and take
+            the newest that is not. If none is intact, nothing is touched.
+
+    Raises:
+        ValueError: the newest is damaged and may not, or cannot, be passed over; the same on every rank.
+    """
+    newest = find_checkpoint(folder)
+    damage = find_damage(newest) if newest is not None and verify else None
+    if newest is None or damage is None:
+        return newest
+    older, intact = _look_for_intact(newest)
+    if intact is None or iteration_of(intact) == 0 or not fall_back:
+        raise ValueError(_say_what_is_intact(newest, damage, older, intact))
+    passed_over = [newest, *older[: older.index(intact)]]
+    steps = [iteration_of(path) for path in passed_over]
+    places = from_rank_0(f"setting {newest} aside", lambda: folder.set_aside(steps, iteration_of(intact)))
+    for path, place in zip(passed_over, places, strict=True):
+        why = damage if path == newest else f"{path}: is damaged too."
+        warn_once(f"{why} It is {place.name} now, and the run goes on from {intact.name} (checkpoint.fall_back).")
+    return intact
 
 
 def _run_folder(path: RunFolder | Path | str) -> RunFolder:
@@ -140,17 +175,22 @@ def _find(path: RunFolder | Path | str) -> Path:
 def _verify(folder: Path) -> None:
     """Compare with the manifest; if that fails, say which older checkpoint could be taken instead. Collective."""
     damage = find_damage(folder)
-    if damage is None:
-        return
+    if damage is not None:
+        raise ValueError(_say_what_is_intact(folder, damage, *_look_for_intact(folder)))
+
+
+def _look_for_intact(folder: Path) -> tuple[list[Path], Path | None]:
+    """The checkpoints older than one, newest first, and the first of them that is not damaged. Collective."""
     older: list[Path] = from_rank_0(f"looking for checkpoints in {folder.parent}", lambda: _older(folder))
-    intact = next((other for other in older if find_damage(other) is None), None)
+    return older, next((other for other in older if find_damage(other) is None), None)
+
+
+def _say_what_is_intact(folder: Path, damage: str, older: list[Path], intact: Path | None) -> str:
     if intact is not None:
-        damage += f" {intact.name} is intact: move {folder.name} out of {folder.parent} to go on from it."
-    elif older:
-        damage += f" The {len(older)} older checkpoint(s) in {folder.parent} are damaged too."
-    else:
-        damage += f" {folder.parent} holds no older one."
-    raise ValueError(damage)
+        return f"{damage} {intact.name} is intact: move {folder.name} out of {folder.parent} to go on from it."
+    if older:
+        return f"{damage} The {len(older)} older checkpoint(s) in {folder.parent} are damaged too."
+    return f"{damage} {folder.parent} holds no older one."
 
 
 def _older(folder: Path) -> list[Path]:

@@ -52,7 +52,6 @@ from megavlm.runtime.sharding import sharding_metadata
 
 EXTRA_NAME = "extra.json"
 _OWN_NAMES = (MANIFEST_NAME, LAYOUT_NAME, EXTRA_NAME, METADATA_NAME, COMMON_NAME, "metadata.json", "rng")
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 # Of each rank, and of its files. torch loses what goes wrong in a second thread, and calls its file saved.
 _NUM_THREADS = 1
@@ -200,7 +199,7 @@ class CheckpointWriter:
     def _give_up(self, text: str, error_numbers: set[int]) -> str:
         """Remove what was written; return what to tell. On rank 0."""
         untouched = "Checkpoints saved before are as they were."
-        is_full = bool(error_numbers & _NO_SPACE)
+        is_full = bool(error_numbers & durable.NO_SPACE)
         if self._written is not None and self._written.exists():
             still_to_write = self._num_bytes - sum(path.stat().st_size for path in self._written.rglob("*.distcp"))
             # the writer of torch hides the errno of a full disk now and then

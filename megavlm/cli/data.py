@@ -1,4 +1,4 @@
-"""``megavlm data prepare``, ``megavlm data filter`` and ``megavlm data show``."""
+"""``megavlm data prepare``, ``megavlm data filter``, ``megavlm data show`` and ``megavlm data inspect``."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,9 @@ from rich.console import Console
 from megavlm.cli.argument import add_recipe, add_verb
 from megavlm.cli.data_filter import add_filters
 from megavlm.config import load_recipe
-from megavlm.inspection import show_data
+from megavlm.inspection import inspect_data, show_data
+from megavlm.inspection.gallery import DEFAULT_NUM, DEFAULT_NUM_COUNTED, MODES
+from megavlm.inspection.step import SPLITS
 from megavlm.prepare import BAD_ROWS, FORMATS, FormatOptions, ImageLimits, Prepared, PrepareSettings, prepare
 from megavlm.prepare.progress_bar import ProgressBar
 from megavlm.recipe import Recipe
@@ -22,6 +24,7 @@ def add(parent: argparse._SubParsersAction) -> None:
     _add_prepare(verbs)
     add_filters(verbs)
     _add_show(verbs)
+    _add_inspect(verbs)
 
 
 def _add_prepare(verbs: argparse._SubParsersAction) -> None:
@@ -113,3 +116,41 @@ def _show(options: argparse.Namespace) -> None:
     show_data(recipe, num_samples=options.num, start=options.start, out=options.out, console=Console())
     if options.out is not None:
         print(f"pictures: {options.out}")
+
+
+def _add_inspect(verbs: argparse._SubParsersAction) -> None:
+    verb = add_verb(verbs, "inspect", _inspect, "write a page (HTML) of what the model gets of a recipe's data")
+    verb.set_defaults(verb="data inspect")
+    add_recipe(verb)
+    verb.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page, or a folder (inspect.html; with --mode sample: inspect)"
+    )
+    verb.add_argument("--num", type=int, default=DEFAULT_NUM, metavar="N", help=f"samples to show ({DEFAULT_NUM})")
+    verb.add_argument("--start", type=int, default=0, metavar="N", help="the first, in the order of training (0)")
+    verb.add_argument("--split", choices=SPLITS, default="train", help="which data (default: train)")
+    verb.add_argument("--mode", choices=MODES, default="gallery", help="one page, or one for each sample too")
+    verb.add_argument(
+        "--count",
+        type=int,
+        default=DEFAULT_NUM_COUNTED,
+        metavar="N",
+        help=f"samples that the summary counts, without reading pixels ({DEFAULT_NUM_COUNTED})",
+    )
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides, Recipe)
+    with ProgressBar("samples") as bar:
+        pages = inspect_data(
+            recipe,
+            title=str(options.recipe),
+            out=options.out or Path("inspect.html" if options.mode == "gallery" else "inspect"),
+            mode=options.mode,
+            split=options.split,
+            num_samples=options.num,
+            start=options.start,
+            num_counted=options.count,
+            show=bar.show,
+        )
+    size = sum(page.stat().st_size for page in pages)
+    print(f"{pages[0]}: {len(pages)} page(s), {size / 1e6:.1f} MB; open it in a browser")

@@ -11,8 +11,10 @@ from megavlm.evaluation.benchmarks import BENCHMARKS
 from megavlm.evaluation.evaluate import evaluate, write_evaluation
 from megavlm.evaluation.metrics import METRICS
 from megavlm.evaluation.picture import draw_samples
-from megavlm.evaluation.plan import EvaluationOptions, plan_evaluation
+from megavlm.evaluation.plan import EvaluationOptions, model_settings, plan_evaluation
+from megavlm.evaluation.retrieval import print_retrieval, retrieve, write_retrieval
 from megavlm.evaluation.table import print_answers, print_score, write_markdown
+from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
 
 
@@ -39,6 +41,9 @@ def add(verbs: argparse._SubParsersAction) -> None:
 def _eval(options: argparse.Namespace) -> None:
     checkpoint, recipe = find_run(options)
     asked = EvaluationOptions(**{field.name: getattr(options, field.name) for field in fields(EvaluationOptions)})
+    if recipe.model.learns_from_pairs:
+        _retrieve(options, asked, checkpoint, recipe)
+        return
     plan = plan_evaluation(asked, checkpoint, recipe)
     if must_start_ranks(options):
         start_ranks(recipe, options.nproc_per_node)
@@ -52,3 +57,22 @@ def _eval(options: argparse.Namespace) -> None:
             table = write_markdown(plan.output, evaluation)
             draw_samples(plan.output / "samples.png", evaluation.answers, parts.processor)
             LOGGER.info("answers: %s, table: %s, picture: %s", results, table, plan.output / "samples.png")
+
+
+def _retrieve(options: argparse.Namespace, asked: EvaluationOptions, checkpoint: Path, recipe: Recipe) -> None:
+    """Judge a run of BLIP-2's first stage, which answers no questions, by how images and captions find each other."""
+    if asked.benchmark is not None or asked.max_new_tokens is not None:
+        raise ValueError(
+            f"--benchmark={asked.benchmark}, --max-new-tokens={asked.max_new_tokens}: model.language.kind="
+            f"{recipe.model.language.kind!r} writes no answers; its held-out images and captions are compared. Leave "
+            "both out."
+        )
+    if must_start_ranks(options):
+        start_ranks(recipe, options.nproc_per_node)
+        return
+    with loaded_run(checkpoint, recipe) as (parts, me):
+        retrieval = retrieve(parts, limit=asked.limit, batch_size=asked.batch_size)
+        if me.rank == 0:
+            print_retrieval(retrieval)
+            path = write_retrieval(asked.output or checkpoint.parent, retrieval, model_settings(checkpoint, recipe))
+            LOGGER.info("recalls: %s", path)

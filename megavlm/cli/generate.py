@@ -36,6 +36,7 @@ def _generate(options: argparse.Namespace) -> None:
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     settings = Settings(options.max_new_tokens, sampling)
     checkpoint, recipe = find_run(options)
+    _ = recipe.model.decoder  # raises where there is nothing that writes
     if must_start_ranks(options):
         start_ranks(recipe, options.nproc_per_node)
         return

@@ -5,6 +5,7 @@ import argparse
 from megavlm.cli.argument import add_recipe, add_verb
 from megavlm.cli.without_cuda import restart_without_cuda
 from megavlm.config import load_recipe
+from megavlm.planning.modules import print_modules
 from megavlm.planning.table import print_plan
 from megavlm.recipe import Recipe
 
@@ -16,6 +17,9 @@ def add(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "--world-size", type=int, metavar="N", help="ranks of the run, to see the memory of each with this layout"
     )
+    verb.add_argument(
+        "--modules", action="store_true", help="list the modules of each part, as training.trainable_within names them"
+    )
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -24,3 +28,5 @@ def _plan(options: argparse.Namespace) -> None:
     restart_without_cuda()
     recipe = load_recipe(options.recipe, options.overrides, Recipe)
     print_plan(recipe, options.world_size)
+    if options.modules:
+        print_modules(recipe)

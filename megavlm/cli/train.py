@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 
 from megavlm.build import check_run
+from megavlm.checkpoint.durable import NO_SPACE
 from megavlm.cli.argument import add_recipe, add_verb
 from megavlm.cli.ranks import add_ranks, must_start_ranks, start_ranks, world_size
 from megavlm.config import dump_recipe, load_recipe
@@ -34,7 +36,21 @@ def _train(options: argparse.Namespace) -> None:
         return
     with process(timeout_minutes=recipe.engine.distributed_timeout_minutes) as me:
         start_log(me.rank, recipe.checkpoint.save / "log.txt")
-        train(recipe, me)
+        try:
+            train(recipe, me)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            raise ValueError(_no_space(recipe.checkpoint.save, error)) from error
+
+
+def _no_space(folder: Path, error: OSError) -> str:
+    """What to tell when something else than a checkpoint, such as the metrics, did not fit on the disk."""
+    free = shutil.disk_usage(folder).free
+    return (
+        f"checkpoint.save={folder}: no space left on the disk for {error.filename or 'metrics and pictures'}: {free} "
+        "bytes are free. Make room, or save elsewhere; the same command resumes the run from its newest checkpoint."
+    )
 
 
 def _make_run_folder(path: Path) -> None:

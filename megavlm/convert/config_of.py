@@ -226,7 +226,7 @@ def _other_problems(parts: ModelParts, fixed: Mapping[str, Any]) -> list[str]:
     connector = model.connector
     if not isinstance(connector, MLPConnectorConfig):
         return [*problems, f"model.connector.kind={connector.kind!r} (only mlp)"]
-    width = model.language.hidden_size
+    width = model.decoder.hidden_size
     for name, value in fixed.items():
         if getattr(connector, name) != value:
             problems.append(f"model.connector.{name}={getattr(connector, name)!r} (only {value!r})")

@@ -170,13 +170,13 @@ def _resolved(part: str, name: str, parts: ModelParts) -> Any:
     config = getattr(parts, part)
     value = getattr(config, name)
     if value is None and name == "every_n_layers":
-        return config.interval(parts.whole().language.num_layers)
+        return config.interval(parts.whole().decoder.num_layers)
     if value is None and name == "num_query_groups":
         return config.num_attention_heads
     if value is None and name == "kv_channels":
         return config.hidden_size // config.num_attention_heads
     if value is None and (part, name) == ("connector", "ffn_hidden_size") and config.num_layers == 2:
-        return parts.whole().language.hidden_size
+        return parts.whole().decoder.hidden_size
     return value
 
 

@@ -32,7 +32,7 @@ def weight_map(config: VLMConfig) -> WeightMap:
     return WeightMap(
         rules=under(internvit.encoder_rules(vision), ours="vision.", theirs="vision_tower.")
         + under(_CONNECTOR, ours="connector.", theirs="multi_modal_projector.")
-        + under(llama.decoder_rules(config.language), ours="language.", theirs="language_model."),
+        + under(llama.decoder_rules(config.decoder), ours="language.", theirs="language_model."),
         unused=llama.UNUSED + internvit.unused(vision, "vision_tower.encoder.layer."),
         tied=(("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),),
         spellings=(
@@ -54,7 +54,7 @@ def original_weight_map(config: VLMConfig) -> WeightMap:
     return WeightMap(
         rules=under(internvit.original_encoder_rules(vision), ours="vision.", theirs="vision_model.")
         + under(_ORIGINAL_CONNECTOR, ours="connector.", theirs="mlp1.")
-        + under(llama.decoder_rules(config.language), ours="language.", theirs="language_model."),
+        + under(llama.decoder_rules(config.decoder), ours="language.", theirs="language_model."),
         unused=llama.UNUSED + internvit.unused(vision, "vision_model.encoder.layers."),
         tied=(("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),),
     )

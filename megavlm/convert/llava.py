@@ -37,7 +37,7 @@ def weight_map(config: VLMConfig) -> WeightMap:
     return WeightMap(
         rules=under(encoder_rules, ours="vision.", theirs=_TOWER)
         + under(_CONNECTOR, ours="connector.", theirs="multi_modal_projector.")
-        + under(llama.decoder_rules(config.language), ours="language.", theirs="language_model."),
+        + under(llama.decoder_rules(config.decoder), ours="language.", theirs="language_model."),
         unused=llama.UNUSED + tuple(_TOWER + pattern for pattern in unused),
         tied=(("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),),
         spellings=(
@@ -64,7 +64,7 @@ def original_weight_map(config: VLMConfig) -> WeightMap:
     return WeightMap(
         rules=under(encoder_rules, ours="vision.", theirs=_ORIGINAL_TOWER)
         + under(connector, ours="connector.", theirs="model.mm_projector.")
-        + under(llama.decoder_rules(config.language), ours="language.", theirs=""),
+        + under(llama.decoder_rules(config.decoder), ours="language.", theirs=""),
         unused=llama.UNUSED + tuple(_ORIGINAL_TOWER + pattern for pattern in unused),
         tied=(("lm_head.weight", "model.embed_tokens.weight"),),
         elsewhere=(

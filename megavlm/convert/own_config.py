@@ -146,7 +146,7 @@ def _connector(model: VLMConfig) -> Tree:
     return {
         "pixel_shuffle": connector.pixel_shuffle_ratio == 0.5,
         **{theirs: getattr(connector, ours) for theirs, ours in _CONNECTOR_FIELDS.items()},
-        "hidden_size": connector.ffn_hidden_size or model.language.hidden_size,
+        "hidden_size": connector.ffn_hidden_size or model.decoder.hidden_size,
     }
 
 
@@ -155,7 +155,7 @@ def _fusion(model: VLMConfig) -> Tree:
     tree: Tree = {"kind": fusion.kind}
     if isinstance(fusion, CrossAttentionConfig):
         tree |= {
-            "every_n_layers": fusion.interval(model.language.num_layers),
+            "every_n_layers": fusion.interval(model.decoder.num_layers),
             "first_layer": fusion.first_layer,
             "text_sees": fusion.text_sees,
         }

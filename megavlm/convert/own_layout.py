@@ -136,8 +136,8 @@ def weight_map(config: VLMConfig) -> WeightMap:
     return WeightMap(
         rules=under(rules(config.vision), ours="vision.", theirs="vision.")
         + under(CONNECTOR_RULES, ours="connector.", theirs="connector.")
-        + (cross_attention_rules(config.language) if config.cross_attention_layers else ())
-        + under(llama.decoder_rules(config.language), ours="language.", theirs="language."),
+        + (cross_attention_rules(config.decoder) if config.cross_attention_layers else ())
+        + under(llama.decoder_rules(config.decoder), ours="language.", theirs="language."),
         tied=(("language.lm_head.weight", "language.model.embed_tokens.weight"),),
     )
 

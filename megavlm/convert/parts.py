@@ -44,7 +44,7 @@ class ModelParts(Config):
     @classmethod
     def of(cls, model: VLMConfig) -> "ModelParts":
         """All parts of a model."""
-        return cls(vision=model.vision, connector=model.connector, fusion=model.fusion, language=model.language)
+        return cls(vision=model.vision, connector=model.connector, fusion=model.fusion, language=model.decoder)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -181,7 +181,7 @@ def _build(parts: ModelParts, vocab_size: int) -> dict[str, Any]:
         model = parts.whole()
         built["connector."] = parts.connector.build(
             model.vision.hidden_size,
-            model.language.hidden_size,
+            model.decoder.hidden_size,
             settings,
             backend,
             num_patches=model.vision.num_patches,

@@ -56,7 +56,7 @@ CANNOT_CARRY: dict[str, tuple[Reason, ...]] = {
             "embeddings, and features of several layers concatenated"
         ),
         Reason("its projector is one linear layer without pixel shuffle, norm or a second layer", _is_more_than_linear),
-        Reason("its self-attention has no bias on queries, keys and values", lambda model: model.language.add_qkv_bias),
+        Reason("its self-attention has no bias on queries, keys and values", lambda model: model.decoder.add_qkv_bias),
     ),
     "IdeficsForVisionText2Text": (
         *_BOTH,
@@ -77,20 +77,20 @@ CANNOT_CARRY: dict[str, tuple[Reason, ...]] = {
         Reason(
             "its attention has as many key/value heads as query heads",
             lambda model: (
-                (model.language.num_query_groups or model.language.num_attention_heads)
-                != model.language.num_attention_heads
+                (model.decoder.num_query_groups or model.decoder.num_attention_heads)
+                != model.decoder.num_attention_heads
             ),
         ),
         Reason(
             "its cross-attention begins with the first layer",
             lambda model: bool(model.cross_attention_layers) and model.cross_attention_layers[0] != 0,
         ),
-        Reason("its self-attention has no bias on queries, keys and values", lambda model: model.language.add_qkv_bias),
+        Reason("its self-attention has no bias on queries, keys and values", lambda model: model.decoder.add_qkv_bias),
         Reason(
             "its heads have hidden_size / num_attention_heads channels",
             lambda model: (
-                model.language.kv_channels
-                not in (None, model.language.hidden_size // model.language.num_attention_heads)
+                model.decoder.kv_channels
+                not in (None, model.decoder.hidden_size // model.decoder.num_attention_heads)
             ),
         ),
     ),

@@ -30,6 +30,8 @@ class SampleProcessor:
         tile_size: int,
         tokens_per_tile: int,
         route: TileRoute = ALL_AMONG_TOKENS,
+        *,
+        pairs_only: bool = False,
     ) -> None:
         """Build the tiling and check that the parts fit each other.
 
@@ -39,6 +41,7 @@ class SampleProcessor:
             tile_size: side of a tile, in pixels (the vision encoder's image size).
             tokens_per_tile: tokens that the connector gives for a tile.
             route: how the model takes an image's tiles.
+            pairs_only: whether a sample is an image of one tile and its caption; others cannot be used.
 
         Raises:
             ValueError: the tokenizer lacks a special token of the chat template, or no tile fits ``seq_length``.
@@ -48,6 +51,7 @@ class SampleProcessor:
         self.tile_size = tile_size
         self.tokens_per_tile = tokens_per_tile
         self.route = route
+        self.pairs_only = pairs_only
         self.tiling = config.tiling.build(tile_size)
         self._template = CHAT_TEMPLATES[config.chat_template]
         for special in self._template.specials:
@@ -73,7 +77,8 @@ class SampleProcessor:
 
         Raises:
             SampleError: an image cannot be used (reasons of :class:`megavlm.data.image.ImageError`), or the sample is
-                too long with every image at its fewest tiles (``over_length``).
+                too long with every image at its fewest tiles (``over_length``), or is no pair and must be one
+                (``not_a_pair``).
         """
         return self._make(key, self.plan(key, conversation))
 
@@ -171,11 +176,16 @@ class SampleProcessor:
             smaller=self._smaller,
         )
         try:
-            return fitter.fit(segments)
+            plan = fitter.fit(segments)
         except ImageError as error:
             raise SampleError(SkippedSample(key, error.reason, error.message)) from None
         except OverLengthError as error:
             raise SampleError(SkippedSample(key, "over_length", str(error))) from None
+        if self.pairs_only and plan.num_tiles != 1:
+            raise SampleError(
+                SkippedSample(key, "not_a_pair", f"has {plan.num_tiles} tiles; a pair is one tile and its caption")
+            )
+        return plan
 
     def _plan(self, segments: Sequence[Segment], sizes: dict[str, tuple[int, int]]) -> SamplePlan:
         """Encode segments and choose the layouts of their images; ``sizes`` keeps what was read of their headers."""

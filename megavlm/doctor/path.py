@@ -143,6 +143,8 @@ _swiglu = _unless_fused(
 
 def _experts(machine: Machine, engine: MegatronEngineConfig) -> Path:
     fp8 = engine.active_fp8
+    if fp8 is not None and "experts" in fp8.fp8_parts and engine.backend == "fp8_emulation":
+        return Path("experts", "one after another, each with FP8 scales of its own")
     if fp8 is not None and "experts" in fp8.fp8_parts:
         return Path("experts", "Transformer Engine's grouped linear layers in FP8, tokens padded for each expert")
     if engine.moe_grouped_gemm:
@@ -178,7 +180,12 @@ def _fp8(machine: Machine, engine: MegatronEngineConfig, model: VLMConfig | None
     parts = ["vision", "connector", "language"]
     parts += ["cross_attention"] if model is None or model.cross_attention_layers else []
     parts += ["experts"] if model is None or model.language.moe is not None else []
-    problem = chip_problem(config.recipe, machine.capability, machine.cuda) if machine.has_gpu else "there is no GPU"
+    is_emulated = engine.backend == "fp8_emulation"
+    problem = None
+    if not is_emulated:
+        problem = (
+            chip_problem(config.recipe, machine.capability, machine.cuda) if machine.has_gpu else "there is no GPU"
+        )
     found = []
     for part in parts:
         if part not in config.fp8_parts:
@@ -186,5 +193,6 @@ def _fp8(machine: Machine, engine: MegatronEngineConfig, model: VLMConfig | None
         elif problem:
             found.append(Path(f"precision of {part}", f"FAILS: FP8 {config.recipe}", problem, "engine.precision=bf16"))
         else:
-            found.append(Path(f"precision of {part}", f"FP8 {config.recipe} ({config.format})"))
+            emulated = ", emulated: slower than bfloat16" if is_emulated else ""
+            found.append(Path(f"precision of {part}", f"FP8 {config.recipe} ({config.format}){emulated}"))
     return found

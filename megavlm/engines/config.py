@@ -16,9 +16,9 @@ class MegatronEngineConfig(Config):
     """Layout, precision and memory settings. Names are megatron-core's."""
 
     kind: Literal["megatron"] = "megatron"
-    backend: Literal["torch", "transformer_engine"] = "torch"
+    backend: Literal["torch", "transformer_engine", "fp8_emulation"] = "torch"
     """Implementation of the layers: ``torch`` runs everywhere; ``transformer_engine`` has fused kernels and FP8 on
-    GPUs. Checkpoints are the same."""
+    GPUs; ``fp8_emulation`` rounds as FP8 does, slowly, on any machine. Checkpoints are the same."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """``bf16`` keeps float32 master weights and gradients; ``fp8`` is ``bf16`` with FP8 matrix products."""
     fp8: Fp8Config | None = None
@@ -55,9 +55,15 @@ class MegatronEngineConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _fp8_has_layers(self) -> "MegatronEngineConfig":
-        if self.precision == "fp8" and self.backend != "transformer_engine":
+        if self.precision == "fp8" and self.backend == "torch":
             raise ValueError(
-                f"engine.precision='fp8': engine.backend={self.backend!r} has no FP8. Set it to transformer_engine."
+                f"engine.precision='fp8': engine.backend={self.backend!r} has no FP8. Set it to transformer_engine, or "
+                "to fp8_emulation to see on any machine what FP8 does to the loss."
+            )
+        if self.precision != "fp8" and self.backend == "fp8_emulation":
+            raise ValueError(
+                f"engine.backend='fp8_emulation': there is nothing to emulate in engine.precision={self.precision!r}. "
+                "Set precision to fp8, or backend to torch."
             )
         return self
 

@@ -8,10 +8,11 @@ import importlib.metadata
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import pydantic
 import torch
+from megatron.core import parallel_state
 from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -211,7 +212,10 @@ def check_machine(config: Fp8Config) -> None:
     """
     key = f"engine.fp8.recipe={config.recipe}"
     if not torch.cuda.is_available():
-        raise ValueError(f"{key}: there is no CUDA GPU here. Set engine.precision=bf16.")
+        raise ValueError(
+            f"{key}: there is no CUDA GPU here. Set engine.precision=bf16, or engine.backend=fp8_emulation to see what "
+            "FP8 does to the loss."
+        )
     cuda = version_numbers(torch.version.cuda or "0")
     if problem := chip_problem(config.recipe, torch.cuda.get_device_capability(), cuda):
         possible = recipes_of(torch.cuda.get_device_capability(), cuda)
@@ -235,9 +239,50 @@ def version_numbers(version: str) -> tuple[int, int]:
     return tuple([*numbers, 0, 0][:2])  # type: ignore[return-value]
 
 
-def switch_off(chunks: Iterable[torch.nn.Module]) -> None:
+@runtime_checkable
+class EmulatingLayer(Protocol):
+    """A linear layer that emulates FP8 (``megavlm.models.backend.fp8_emulation``)."""
+
+    def switch_off(self) -> None:
+        """Compute in bfloat16 from now on."""
+
+    def amaxes(self) -> torch.Tensor:
+        """Largest magnitudes of what was quantised in this step; ``[0]`` where scales do not depend on steps."""
+
+    def update_scales(self, amaxes: torch.Tensor) -> None:
+        """Take the scales of the next step. ``amaxes``: those of all ranks."""
+
+
+def emulating_layers(chunks: Iterable[torch.nn.Module]) -> list[EmulatingLayer]:
+    """Find them, in the order of the model."""
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, EmulatingLayer)]
+
+
+def update_scales(layers: Sequence[EmulatingLayer], device: torch.device) -> None:
+    """End a step of delayed scaling: the ranks that share a pipeline stage agree on the largest magnitudes.
+
+    The ranks are those that Transformer Engine reduces over (``FP8GlobalStateManager.reduce_and_update_fp8_tensors`` in
+    the group that megatron-core gives it): tensor- and data-parallel. Experts that other ranks hold share the scales of
+    the experts in the same place. Collective.
+    """
+    amaxes = [layer.amaxes() for layer in layers]
+    sizes = [len(each) for each in amaxes]
+    if not sum(sizes):
+        return
+    whole = torch.cat(amaxes).to(device)
+    torch.distributed.all_reduce(
+        whole, op=torch.distributed.ReduceOp.MAX, group=parallel_state.get_amax_reduction_group()
+    )
+    for layer, part in zip(layers, whole.cpu().split(sizes), strict=True):
+        if len(part):
+            layer.update_scales(part)
+
+
+def switch_off(chunks: Sequence[torch.nn.Module]) -> None:
     """Let a model compute in bfloat16, for generation: a step of one token has no legal shape. Changes its configs."""
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(config := getattr(module, "config", None), TransformerConfig):
                 config.fp8 = None
+    for layer in emulating_layers(chunks):
+        layer.switch_off()

@@ -1,7 +1,9 @@
 """The megatron-core engine: process groups, wrapped model chunks, the optimizer and one step of a run.
 
 The same code runs on gloo and nccl. It knows nothing of what the model computes: a chunk is any module that maps a
-:class:`~megavlm.batch.Batch` to hidden states, and on the last stage to per-token losses ``[N, S]`` or to logits.
+:class:`~megavlm.batch.Batch` to hidden states, and on the last stage to per-token losses ``[N, S]`` or to logits. A chunk
+with losses of whole rows besides (BLIP-2's first stage) gives both, ``[N, S]`` and ``[N, R]``, and names them in
+``loss_names``: that of tokens first.
 """
 
 import math
@@ -41,9 +43,12 @@ class MegatronEngine(RankTalk):
         self.num_sources = 1
         """Data sources (``Batch.sources``) whose losses are told apart."""
         self._optimizer: MegatronOptimizer | None = None
+        self._emulating: list[fp8.EmulatingLayer] = []
         self._wrapped: list[MegatronModule] = []
         self._loss_scale = 1.0
         self._auxiliary_loss_scale = 1.0
+        self._row_weight = 1.0
+        """What losses of rows are multiplied by before they are divided as those of tokens are."""
 
     # ---- start -------------------------------------------------------------------------------------------------------
 
@@ -52,9 +57,9 @@ class MegatronEngine(RankTalk):
         (:func:`megavlm.runtime.layout.check_parallel_config`).
 
         Raises:
-            ValueError: the precision is FP8 and this machine cannot do it.
+            ValueError: the precision is FP8, not emulated, and this machine cannot do it.
         """
-        if self.config.active_fp8 is not None:
+        if self.config.active_fp8 is not None and self.config.backend != "fp8_emulation":
             fp8.check_machine(self.config.active_fp8)
         guards.install_optimizer()
         guards.supply_missing_names()
@@ -111,6 +116,7 @@ class MegatronEngine(RankTalk):
         guards.before_wrap(self.chunks)
         if not training:
             fp8.switch_off(self.chunks)
+        self._emulating = fp8.emulating_layers(self.chunks)
         modules: list[MegatronModule] = list(self.chunks)
         if self.config.dtype == torch.bfloat16:
             modules = [Float16Module(module.config, module) for module in modules]
@@ -223,7 +229,8 @@ class MegatronEngine(RankTalk):
 
         The loss is the weighted sum over the trained tokens of the global batch divided by the sum of their weights (by
         their number, where all are 1), so it does not depend on micro-batch size, accumulation, packing or data
-        parallelism. A global batch without a trained token, with gradients that are not finite, or with a loss that is
+        parallelism. Losses of rows are summed over the rows that train anything and divided by their number, and added.
+        A global batch without a trained token, with gradients that are not finite, or with a loss that is
         not accepted, changes nothing and says so.
 
         Args:
@@ -236,7 +243,8 @@ class MegatronEngine(RankTalk):
         if num_trained == 0:
             return StepResult(0.0, 0, 0.0, "no_trained_token")
         self._loss_scale, self._auxiliary_loss_scale = 1.0 / weight_sum, 1.0 / num_tokens
-        loss_sum, *source_losses = self._run_schedule(batches, forward_only=False)
+        loss_sum, source_losses, terms = self._run_schedule(batches, forward_only=False)
+        fp8.update_scales(self._emulating, self.device)
         ACTIVITY.begin(Phase.UPDATING)
         skip_reason: str | None
         if accept is not None and self.any_rank(not accept(loss_sum / weight_sum)):
@@ -244,7 +252,8 @@ class MegatronEngine(RankTalk):
         else:
             grad_norm, updated = self._update_weights()
             skip_reason = None if updated else "grad_not_finite"
-        return StepResult(loss_sum / weight_sum, num_trained, grad_norm, skip_reason, tuple(source_losses))
+        terms = {name: term / weight_sum for name, term in terms.items()}
+        return StepResult(loss_sum / weight_sum, num_trained, grad_norm, skip_reason, tuple(source_losses), terms)
 
     def _clear_grads(self) -> None:
         """Begin a step."""
@@ -260,8 +269,9 @@ class MegatronEngine(RankTalk):
         for module in self._wrapped:
             module.eval()
         batches = [replace(batch, loss_mask=(batch.loss_mask > 0).to(batch.loss_mask.dtype)) for batch in batches]
+        num_trained, _, _ = self._count_tokens(batches)
         with torch.no_grad():
-            return self._run_schedule(batches, forward_only=True)[0], self._count_tokens(batches)[0]
+            return self._run_schedule(batches, forward_only=True)[0], num_trained
 
     def logits(self, batch: Batch, wanted: Tensor, vocab_size: int, cache: Any = None) -> Tensor:
         """Logits of one micro-batch at chosen positions, the same on every rank of the model.
@@ -293,26 +303,42 @@ class MegatronEngine(RankTalk):
         self._broadcast_from_last_stage(logits)
         return logits
 
-    def _run_schedule(self, batches: Sequence[Batch], *, forward_only: bool) -> list[float]:
-        """Run all micro-batches; return the summed loss of all, then of each source if they are told apart."""
+    def _run_schedule(
+        self, batches: Sequence[Batch], *, forward_only: bool
+    ) -> tuple[float, list[float], dict[str, float]]:
+        """Run all micro-batches; return the summed loss of all, of each source if they are told apart, and by name the
+        terms of the loss if it has several."""
         outputs = self._forward_backward(self._loss_step, batches, forward_only=forward_only)
-        num_sums = 1 if self.num_sources == 1 else 1 + self.num_sources
-        sums = torch.zeros(num_sums, dtype=torch.float64, device=self.device)
+        num_sources = 0 if self.num_sources == 1 else self.num_sources
+        sums = torch.zeros(1 + num_sources + len(self._loss_names), dtype=torch.float64, device=self.device)
         for output in outputs:
             sums[0] += output["loss_sum"]
-            if num_sums > 1:
-                sums[1:] += output["source_sums"]
+            if num_sources:
+                sums[1 : 1 + num_sources] += output["source_sums"]
+            if self._loss_names:
+                sums[1 + num_sources :] += output["term_sums"]
         self._broadcast_from_last_stage(sums)
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        return sums.tolist()
+        loss_sum, *others = sums.tolist()
+        return loss_sum, others[:num_sources], dict(zip(self._loss_names, others[num_sources:], strict=True))
+
+    @property
+    def _loss_names(self) -> tuple[str, ...]:
+        return getattr(self.chunks[-1], "loss_names", ())
 
     def _loss_step(self, iterator: Iterator[Batch], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         """megatron-core's forward step: run a chunk on the next micro-batch, say how its output becomes a loss."""
         batch = next(iterator)
 
-        def sum_losses(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        def sum_losses(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            losses, of_rows = output if isinstance(output, tuple) else (output, None)
             loss_sum = (losses * batch.loss_mask).sum()
-            metrics = {"loss_sum": loss_sum}
+            metrics = {}
+            if of_rows is not None:
+                row_sums = of_rows.sum(0) * self._row_weight
+                metrics["term_sums"] = torch.cat([loss_sum.unsqueeze(0), row_sums])
+                loss_sum = loss_sum + row_sums.sum()
+            metrics["loss_sum"] = loss_sum
             if self.num_sources > 1:
                 unweighted = (losses.detach() * (batch.loss_mask > 0)).to(torch.float64).flatten()
                 zeros = unweighted.new_zeros(self.num_sources)
@@ -367,13 +393,16 @@ class MegatronEngine(RankTalk):
         return float(self.optimizer.get_grad_norm())
 
     def _count_tokens(self, batches: Sequence[Batch]) -> tuple[int, int, float]:
-        """Trained tokens of the global batch, all its tokens without padding, and the summed weights of the trained."""
-        total = torch.zeros(3, dtype=torch.float64, device=self.device)
+        """Trained tokens of the global batch, all its tokens without padding, and the summed weights of the trained.
+        Settles what a row's loss counts."""
+        total = torch.zeros(4, dtype=torch.float64, device=self.device)
         for batch in batches:
             weights = batch.loss_mask.to(torch.float64)
-            total += torch.stack([weights.count_nonzero(), batch.num_tokens, weights.sum()])
+            num_rows = (weights > 0).any(1).count_nonzero()
+            total += torch.stack([weights.count_nonzero(), batch.num_tokens, weights.sum(), num_rows])
         torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
-        num_trained, num_tokens, weight_sum = total.tolist()
+        num_trained, num_tokens, weight_sum, num_rows = total.tolist()
+        self._row_weight = weight_sum / max(1.0, num_rows)
         return int(num_trained), int(num_tokens), weight_sum
 
     def _scale_loss(self, loss: Tensor) -> Tensor:

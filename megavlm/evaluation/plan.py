@@ -93,7 +93,7 @@ def plan_evaluation(options: EvaluationOptions, checkpoint: Path, recipe: Recipe
     is_held_out = options.benchmark is None
     if is_held_out and recipe.data.valid is not None:
         source["data"] = _fingerprint(recipe.data.valid.path)
-    settings = {**source, "max_new_tokens": max_new_tokens, **_model_settings(checkpoint, recipe)}
+    settings = {**source, "max_new_tokens": max_new_tokens, **model_settings(checkpoint, recipe)}
     # the run folder's own evaluation starts anew each time, as training may have gone on
     is_kept = options.benchmark is not None or options.output is not None
     return EvaluationPlan(
@@ -143,8 +143,13 @@ def _read_benchmark(options: EvaluationOptions) -> tuple[QuestionSet, dict[str, 
     return questions, source
 
 
-def _model_settings(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
-    """What of a run decides its answers; the layout does not."""
+def model_settings(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
+    """What of a run decides its answers; the layout does not.
+
+    Args:
+        checkpoint: the checkpoint folder.
+        recipe: its recipe, with overrides.
+    """
     manifest = checkpoint / MANIFEST_NAME
     tree = recipe.model_dump(mode="json", include={"model", "tokenizer", "data"})
     return {

@@ -3,18 +3,16 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from megavlm.batch import Batch
 from megavlm.build import build_processor
-from megavlm.data import Dataset, Loader, PackedLoader, SampleProcessor
 from megavlm.inspection.picture import draw_sample
 from megavlm.inspection.row_picture import draw_rows
-from megavlm.inspection.summary import SourceSummary, summarize
+from megavlm.inspection.step import Source
+from megavlm.inspection.summary import SourceSummary, counts_of, summarize
 from megavlm.inspection.text import print_legend, print_summary, print_view
-from megavlm.inspection.view import SampleView, SkippedView, view_samples
+from megavlm.inspection.view import SampleView, SkippedView
 from megavlm.recipe import Recipe
 
 
@@ -39,25 +37,21 @@ def show_data(
     """
     if num_samples < 1 or start < 0:
         raise ValueError(f"--num={num_samples}, --start={start}: must be at least 1 and 0.")
-    config = recipe.data.train
-    dataset = config.build()
-    processor = build_processor(recipe)
+    dataset = recipe.data.train.build()
+    source = Source(recipe, "train", dataset, build_processor(recipe))
     for row in dataset.bad_rows:
         console.print(f"unusable row: {row}", markup=False, highlight=False)
     positions = range(start, start + num_samples)
-    views = list(
-        view_samples(
-            dataset, config.source_names, processor, positions, seed=recipe.training.seed, shuffle=recipe.data.shuffle
-        )
-    )
+    views = list(source.views(positions))
     print_legend(console)
     for number, view in zip(positions, views, strict=True):
         print_view(console, number, view)
-    summaries = summarize(views, config.source_names)
+    counted = (counts_of(view) if isinstance(view, SampleView) else view for view in views)
+    summaries = summarize(counted, source.names)
     print_summary(console, summaries)
     if out is not None:
         try:
-            _draw(out, recipe, dataset, processor, list(zip(positions, views, strict=True)), summaries)
+            _draw(out, source, list(zip(positions, views, strict=True)), summaries)
         except OSError as error:
             raise ValueError(f"--out={out}: cannot be written ({error}). Choose another folder.") from None
     return summaries
@@ -65,35 +59,20 @@ def show_data(
 
 def _draw(
     out: Path,
-    recipe: Recipe,
-    dataset: Dataset,
-    processor: SampleProcessor,
+    source: Source,
     views: list[tuple[int, SampleView | SkippedView]],
     summaries: list[SourceSummary],
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for number, view in views:
         if isinstance(view, SampleView):
-            draw_sample(out / f"{number:03d}.png", view, recipe.data.max_image_pixels)
-    batches = _first_step(recipe, dataset, processor)
-    draw_rows(out / "rows.png", batches, recipe.data.train.source_names, processor.tokenizer.image_token_id)
+            draw_sample(out / f"{number:03d}.png", view, source.recipe.data.max_image_pixels)
+    batches = next(iter(source.loader()))
+    draw_rows(out / "rows.png", batches, source.names, source.processor.tokenizer.image_token_id)
     skipped = [{"source": view.source, **asdict(view.skipped)} for _, view in views if isinstance(view, SkippedView)]
-    tree = {"sources": [asdict(one) for one in summaries], "skipped": skipped, "num_bad_rows": dataset.num_bad_rows}
-    (out / "summary.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-
-
-def _first_step(recipe: Recipe, dataset: Dataset, processor: SampleProcessor) -> list[Batch]:
-    """The micro-batches that a run in one process would begin with."""
-    training = recipe.training
-    settings: dict[str, Any] = {
-        "micro_batch_size": training.micro_batch_size,
-        "global_batch_size": training.global_batch_size,
-        "data_parallel_rank": 0,
-        "data_parallel_size": 1,
-        "seed": training.seed,
-        "shuffle": recipe.data.shuffle,
-        "pad_multiple": recipe.engine.pad_multiple,
+    tree = {
+        "sources": [asdict(one) for one in summaries],
+        "skipped": skipped,
+        "num_bad_rows": source.dataset.num_bad_rows,
     }
-    if recipe.data.packing is not None:
-        return next(iter(PackedLoader(dataset, processor, recipe.data.packing, **settings)))
-    return next(iter(Loader(dataset, processor, **settings)))
+    (out / "summary.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")

@@ -47,8 +47,19 @@ def print_view(console: Console, number: int, view: SampleView | SkippedView) ->
 def describe(view: SampleView) -> str:
     """A sample's numbers in one line."""
     sample = view.sample
-    roles = "document" if view.conversation.is_document else " ".join(m.role for m in view.conversation.messages)
-    lost = [
+    counts = f"{sample.num_tokens} tokens, {sample.num_trained_tokens} trained, {sample.tiles.shape[0]} tiles"
+    return ", ".join([turns_of(view), counts, *losses_of(view)])
+
+
+def turns_of(view: SampleView) -> str:
+    """Who speaks in turn."""
+    return "document" if view.conversation.is_document else " ".join(m.role for m in view.conversation.messages)
+
+
+def losses_of(view: SampleView) -> list[str]:
+    """What a sample has lost so that it fits."""
+    sample = view.sample
+    return [
         f"{count} {what}"
         for count, what in (
             (sample.num_degraded, "image(s) degraded"),
@@ -57,8 +68,6 @@ def describe(view: SampleView) -> str:
         )
         if count
     ]
-    counts = f"{sample.num_tokens} tokens, {sample.num_trained_tokens} trained, {sample.tiles.shape[0]} tiles"
-    return ", ".join([roles, counts, *lost])
 
 
 def _text(view: SampleView, *, is_plain: bool) -> Text:

@@ -59,6 +59,8 @@ class SampleView:
     sample: Sample
     images: tuple[ImageView, ...]
     spans: tuple[Span, ...]
+    plan: SamplePlan
+    """What its tokens and tiles were decided on."""
 
     def kinds(self) -> list[TokenKind]:
         """The kind of each token."""
@@ -72,12 +74,17 @@ class SkippedView:
     source: str
     skipped: SkippedSample
 
+    @property
+    def key(self) -> str:
+        """Which one, as a person can find it."""
+        return self.skipped.key
+
 
 def view_samples(
     dataset: Dataset,
     source_names: Sequence[str],
     processor: SampleProcessor,
-    positions: range,
+    positions: Sequence[int],
     seed: int,
     shuffle: bool,
 ) -> Iterator[SampleView | SkippedView]:
@@ -116,7 +123,7 @@ def view_sample(processor: SampleProcessor, source: str, key: str, conversation:
     sample = processor(key, conversation)
     spans = tuple(_joined(_spans(plan, sample, processor.tokenizer)))
     assert (spans[-1].stop if spans else 0) == sample.num_tokens, key
-    return SampleView(source, conversation, sample, tuple(_images(plan, processor)), spans)
+    return SampleView(source, conversation, sample, tuple(_images(plan, processor)), spans, plan)
 
 
 def _images(plan: SamplePlan, processor: SampleProcessor) -> Iterator[ImageView]:

@@ -34,9 +34,9 @@ def product_sides(model: VLMConfig, tensor_model_parallel_size: int) -> list[Sid
     """
     tp = tensor_model_parallel_size
     sides = [side for encoder in model.vision.encoders for side in _encoder_sides(encoder, tp)]
-    sides += _connector_sides(model, tp) + _decoder_sides(model.language, tp)
+    sides += _connector_sides(model, tp) + _decoder_sides(model.decoder, tp)
     if model.cross_attention_layers:
-        sides += [Side("cross_attention", side.name, side.size) for side in _attention_sides(model.language, tp)]
+        sides += [Side("cross_attention", side.name, side.size) for side in _attention_sides(model.decoder, tp)]
     return sides
 
 
@@ -71,7 +71,7 @@ class _Collector:
 def _connector_sides(model: VLMConfig, tp: int) -> list[Side]:
     """Of each product both widths as if it were the split one: which is, only the layer knows."""
     vision, collector = model.vision, _Collector()
-    shape = FeatureShape(1, vision.num_patches, vision.hidden_size, model.language.hidden_size)
+    shape = FeatureShape(1, vision.num_patches, vision.hidden_size, model.decoder.hidden_size)
     model.connector.count_products(collector, shape, False)
     sides = []
     for num_vectors, *widths in collector.products:

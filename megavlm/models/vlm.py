@@ -7,7 +7,7 @@ hidden width. Under sequence parallelism, tensors between stages hold a tensor-p
 import contextlib
 import copy
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 import torch
@@ -18,12 +18,26 @@ from torch import Tensor
 
 from megavlm.batch import Batch
 from megavlm.config import Config
-from megavlm.models.backend import Backend, find_backend
+from megavlm.models.backend import Backend, find_backend, settle_emulation, unemulated_settings
+from megavlm.models.blip2 import PairLosses, QFormerText, QFormerTextConfig
 from megavlm.models.cache import KeyValueCache
 from megavlm.models.connectors import AnyConnectorConfig
+from megavlm.models.connectors.qformer import QFormerConfig
 from megavlm.models.fusion import AnyFusionConfig, fill_placeholders, lay_out_context, sum_tags
 from megavlm.models.language import LanguageConfig, LanguageModel, decoder_layer_specs
 from megavlm.models.vision import AnyVisionConfig
+
+
+def _decoder_unless_said(given: Any) -> Any:
+    return {"kind": "decoder", **given} if isinstance(given, Mapping) else given
+
+
+AnyLanguageConfig = Annotated[
+    Annotated[LanguageConfig | QFormerTextConfig, pydantic.Field(discriminator="kind")],
+    pydantic.BeforeValidator(_decoder_unless_said),
+]
+
+_FP8_PARTS = ("vision", "connector", "language", "cross_attention", "experts")
 
 
 class VLMConfig(Config):
@@ -32,7 +46,26 @@ class VLMConfig(Config):
     vision: AnyVisionConfig
     connector: AnyConnectorConfig
     fusion: AnyFusionConfig
-    language: LanguageConfig
+    language: AnyLanguageConfig
+
+    @property
+    def decoder(self) -> LanguageConfig:
+        """The language model, for what only a decoder can do.
+
+        Raises:
+            ValueError: the model has none, but the text side of a Q-Former.
+        """
+        if isinstance(self.language, QFormerTextConfig):
+            raise ValueError(
+                f"model.language.kind={self.language.kind!r}: BLIP-2's first stage has no language model, and this "
+                "needs one. Use the run of its second stage."
+            )
+        return self.language
+
+    @property
+    def learns_from_pairs(self) -> bool:
+        """Whether each row is an image and its caption (BLIP-2's first stage)."""
+        return isinstance(self.language, QFormerTextConfig)
 
     @property
     def tokens_per_tile(self) -> int:
@@ -42,11 +75,17 @@ class VLMConfig(Config):
     @property
     def cross_attention_layers(self) -> tuple[int, ...]:
         """Indices of the decoder layers that have cross-attention."""
-        return self.fusion.cross_attention_layers(self.language.num_layers)
+        return () if self.learns_from_pairs else self.fusion.cross_attention_layers(self.decoder.num_layers)
 
     @pydantic.model_validator(mode="after")
     def _layers_fit(self) -> "VLMConfig":
         _ = self.cross_attention_layers  # raises
+        if self.learns_from_pairs and (self.connector.kind, self.fusion.kind) != ("qformer", "decoder_only"):
+            raise ValueError(
+                f"model.language.kind={self.language.kind!r}: is the text side of a Q-Former, and the model has "
+                f"connector.kind={self.connector.kind!r} and fusion.kind={self.fusion.kind!r}. Set them to qformer and "
+                "decoder_only."
+            )
         return self
 
 
@@ -70,6 +109,7 @@ class VLM(MegatronModule):
         vp_stage: int | None = None,
         backend: str = "torch",
         bf16_parts: Collection[str] = (),
+        seed: int = 0,
     ) -> None:
         """Build this stage's part.
 
@@ -83,12 +123,17 @@ class VLM(MegatronModule):
             backend: a row of ``megavlm.models.backend.BACKENDS``.
             bf16_parts: of ``vision``, ``connector``, ``language``, ``cross_attention`` and ``experts`` those that
                 stay in bfloat16 where the settings ask for FP8.
+            seed: of what the model draws while it trains (BLIP-2's negatives).
 
         Raises:
             ValueError: the tokenizer has more tokens than the model's vocabulary, or the backend is not installed.
         """
         settings_of, layers_of = _part_precision(megatron_settings, backend, bf16_parts)
-        transformer_config = config.language.transformer_config(settings_of["language"])
+        if isinstance(config.language, QFormerTextConfig):
+            assert isinstance(config.connector, QFormerConfig)
+            transformer_config = config.language.transformer_config(settings_of["connector"], config.connector)
+        else:
+            transformer_config = config.language.transformer_config(settings_of["language"])
         super().__init__(transformer_config)
         self.model_type = ModelType.encoder_or_decoder
         self.route = config.fusion.tile_route
@@ -97,14 +142,38 @@ class VLM(MegatronModule):
         self.post_process = post_process
         self.vp_stage = vp_stage
         self.share_embeddings_and_output_weights = config.language.share_embeddings_and_output_weights
-        layers = find_backend(backend)
+        layers = layers_of["language"]
+        self.text: QFormerText | None = None
+        self.loss_names: tuple[str, ...] = ()
+        """Of the losses of tokens and of rows, where it has both."""
+        self.tile_shape = (3, config.vision.image_size, config.vision.image_size)
+        self.patch_shape = (config.vision.num_patches, config.vision.hidden_size)
+        self._received: Tensor | None = None
+        self.always_encodes = False
+        """Whether encoder and connector run on every micro-batch, on a blank tile if it has none: where data-parallel
+        ranks hold parts of each weight, they gather them together."""
+        if isinstance(config.language, QFormerTextConfig):
+            assert isinstance(config.connector, QFormerConfig)
+            self.vision = config.vision.build(settings_of["vision"], layers_of["vision"])
+            self.connector, self.text = config.language.build(
+                config.connector,
+                config.vision.hidden_size,
+                settings_of["connector"],
+                layers_of["connector"],
+                vocab_size=model_vocab_size(config.language, vocab_size),
+                image_token_id=image_token_id,
+                seed=seed,
+            )
+            self._settle_precision(megatron_settings, backend, bf16_parts)
+            self.loss_names = QFormerText.LOSS_NAMES
+            return
         if pre_process:
-            self.vision = config.vision.build(settings_of["vision"], layers)
+            self.vision = config.vision.build(settings_of["vision"], layers_of["vision"])
             self.connector = config.connector.build(
                 config.vision.hidden_size,
                 config.language.hidden_size,
                 settings_of["connector"],
-                layers,
+                layers_of["connector"],
                 num_patches=config.vision.num_patches,
             )
             if self.route.uses_context:
@@ -127,12 +196,16 @@ class VLM(MegatronModule):
             post_process=post_process,
             vp_stage=vp_stage,
         )
-        self.tile_shape = (3, config.vision.image_size, config.vision.image_size)
-        self.patch_shape = (config.vision.num_patches, config.vision.hidden_size)
-        self._received: Tensor | None = None
-        self.always_encodes = False
-        """Whether encoder and connector run on every micro-batch, on a blank tile if it has none: where data-parallel
-        ranks hold parts of each weight, they gather them together."""
+        self._settle_precision(megatron_settings, backend, bf16_parts)
+
+    def _settle_precision(self, settings: Mapping[str, Any], backend: str, bf16_parts: Collection[str]) -> None:
+        """Check the parts that emulate FP8, when all are built."""
+        if find_backend(backend).emulating is None or settings.get("fp8") is None:
+            return
+        parts = {"language": self.language.decoder if self.text is None else self.text}
+        if self.pre_process:
+            parts |= {"vision": self.vision, "connector": self.connector}
+        settle_emulation(parts, settings, bf16_parts)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Take the output of the stage before (called by megatron-core's schedules)."""
@@ -140,9 +213,11 @@ class VLM(MegatronModule):
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The tied word embedding, for megatron-core's all-reduce of its gradient between first and last stage."""
-        return self.language.shared_embedding_or_output_weight()
+        return None if self.text is not None else self.language.shared_embedding_or_output_weight()
 
-    def forward(self, batch: Batch, wanted_logits: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, batch: Batch, wanted_logits: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor | PairLosses:
         """Run this stage on a micro-batch.
 
         Args:
@@ -153,7 +228,7 @@ class VLM(MegatronModule):
 
         Returns:
             ``[S + C, N, H]`` hidden states and context, or on the last stage ``[N, S]`` losses (0 where nothing is
-            trained) or ``[M, V]`` logits.
+            trained) or ``[M, V]`` logits. Of a model that learns from pairs the losses of tokens and of rows.
 
         Raises:
             ValueError: the batch holds another number of placeholders, or another room for the tiles in the context,
@@ -164,6 +239,8 @@ class VLM(MegatronModule):
                 f"batch.context_length={batch.context_length}: does not fit a model with"
                 f"{'' if self.route.uses_context else 'out'} cross-attention. Make batches by the model's tile_route."
             )
+        if self.text is not None:
+            return self._pair_losses(self.text, batch)
         goes_on = cache is not None and not cache.is_empty
         if not self.pre_process:
             hidden_states, context = self._split_received(batch, has_context=self.route.uses_context and not goes_on)
@@ -245,6 +322,24 @@ class VLM(MegatronModule):
             context = context + (features.sum() + (0.0 if tags is None else tags.sum()))
         return context
 
+    def _pair_losses(self, text: QFormerText, batch: Batch) -> PairLosses:
+        if batch.tiles.shape[0]:
+            features = self._encode_tiles(batch.tiles)
+        else:  # what trains must be in the graph of every micro-batch
+            features = self._encode_nothing(text.word_embeddings)[:0]
+        return text(self.connector, features, batch)
+
+    def embed_pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images and captions of rows as they are compared: ``[N, K, E]`` and ``[N, E]`` float32.
+
+        Raises:
+            ValueError: the model does not learn from pairs, or a row is none.
+        """
+        if self.text is None:
+            raise ValueError("model.language.kind='decoder': compares no images and captions. Use qformer_text.")
+        features = self._encode_tiles(batch.tiles)
+        return self.text.embed_images(self.connector, features), self.text.embed_texts(self.connector, batch)
+
     def _encode_tiles(self, tiles: Tensor) -> Tensor:
         """``[T, 3, H, W]`` -> ``[T, P, D]``; a frozen encoder keeps no activations."""
         frozen = not self._trains(self.vision)
@@ -270,19 +365,27 @@ class VLM(MegatronModule):
 def _part_precision(
     megatron_settings: Mapping[str, Any], backend: str, bf16_parts: Collection[str]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Backend]]:
-    """The settings of the parts with a config of their own, and the layers of those inside the decoder's."""
+    """The settings of the parts with a config of their own, and the layers of all parts."""
+    layers = find_backend(backend)
+    if layers.emulating is not None and megatron_settings.get("fp8") is not None:
+        emulating = layers.emulating(megatron_settings)
+        plain = unemulated_settings(megatron_settings, has_experts="experts" not in bf16_parts)
+        return (
+            {part: dict(plain) for part in ("vision", "connector", "language")},
+            {part: layers if part in bf16_parts else emulating for part in _FP8_PARTS},
+        )
     in_bf16 = {"fp8": None, "first_last_layers_bf16": False}
     settings = {
         part: {**megatron_settings, **(in_bf16 if part in bf16_parts else {})}
         for part in ("vision", "connector", "language")
     }
     settings["connector"]["first_last_layers_bf16"] = False  # it is no stack of layers
-    layers = find_backend(backend)
+    # a part with a config of its own is told by that
     inside = {part: layers.unquantized if part in bf16_parts else layers for part in ("cross_attention", "experts")}
-    return settings, inside
+    return settings, dict.fromkeys(_FP8_PARTS, layers) | inside
 
 
-def model_vocab_size(config: LanguageConfig, tokenizer_vocab_size: int) -> int:
+def model_vocab_size(config: LanguageConfig | QFormerTextConfig, tokenizer_vocab_size: int) -> int:
     """Tokens that a model for this tokenizer has.
 
     Raises:

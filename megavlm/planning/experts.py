@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megavlm.models.blip2 import QFormerTextConfig
 from megavlm.models.language import LanguageConfig
 
 
@@ -27,7 +28,7 @@ def expert_width(language: LanguageConfig) -> int:
     return given or language.ffn_hidden_size
 
 
-def count_experts(language: LanguageConfig) -> ExpertParameters:
+def count_experts(language: LanguageConfig | QFormerTextConfig) -> ExpertParameters:
     """Count by hand: an expert has gate, value and output (SwiGLU, no bias), a router a row for each expert."""
     if language.moe is None:
         return ExpertParameters(0, 0, 0)

@@ -21,13 +21,16 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from megavlm.batch import Batch
+from megavlm.models.blip2 import QFormerTextConfig
 from megavlm.models.connectors import AnyConnectorConfig, FeatureShape
+from megavlm.models.connectors.qformer import QFormerConfig
 from megavlm.models.language import LanguageConfig
 from megavlm.models.moe import MoEConfig
 from megavlm.models.part import PARTS
 from megavlm.models.vision.transformer import VisionTransformerConfig
 from megavlm.models.vlm import VLMConfig, model_vocab_size
 from megavlm.planning.experts import expert_width
+from megavlm.planning.pair_flops import walk_pairs
 
 
 @dataclass(frozen=True)
@@ -76,22 +79,25 @@ def count_flops(model: VLMConfig, batch: Batch, *, vocab_size: int, trainable: C
     """
     _check(model, batch, trainable)
     walk = _Walk(trainable)
+    if model.learns_from_pairs:
+        _walk_pairs(walk, model, batch, vocab_size)
+        return Flops(+walk.forward, +walk.backward, +walk.inside)
     features = _walk_features(walk, model, batch)
     # Embeddings are looked up: no product. A blank tile's features are added to them.
     joins_tokens = batch.tiles.shape[0] == 0 or bool((batch.tile_context == 0).any())
     hidden_states = walk.trains("language") or (features and joins_tokens)
     context = _context_needs(walk, model, batch, features)
-    crossed, with_experts = model.cross_attention_layers, model.language.layers_with_experts
-    for layer in range(model.language.num_layers):
-        hidden_states = _walk_self_attention(walk, model.language, layer, batch, hidden_states)
+    crossed, with_experts = model.cross_attention_layers, model.decoder.layers_with_experts
+    for layer in range(model.decoder.num_layers):
+        hidden_states = _walk_self_attention(walk, model.decoder, layer, batch, hidden_states)
         if layer in crossed:
-            hidden_states = _walk_cross_attention(walk, model.language, batch, hidden_states, context)
-        moe = model.language.moe if layer in with_experts else None
-        hidden_states = _walk_feed_forward(walk, model.language, layer, moe, batch, hidden_states)
-    divisor = model.language.make_vocab_size_divisible_by
-    padded_vocab_size = -(-model_vocab_size(model.language, vocab_size) // divisor) * divisor
+            hidden_states = _walk_cross_attention(walk, model.decoder, batch, hidden_states, context)
+        moe = model.decoder.moe if layer in with_experts else None
+        hidden_states = _walk_feed_forward(walk, model.decoder, layer, moe, batch, hidden_states)
+    divisor = model.decoder.make_vocab_size_divisible_by
+    padded_vocab_size = -(-model_vocab_size(model.decoder, vocab_size) // divisor) * divisor
     num_trained = max(1, int(batch.loss_mask.count_nonzero()))  # as LanguageModel.token_losses
-    walk.linear("language", num_trained, model.language.hidden_size, padded_vocab_size, hidden_states)
+    walk.linear("language", num_trained, model.decoder.hidden_size, padded_vocab_size, hidden_states)
     return Flops(+walk.forward, +walk.backward, +walk.inside)
 
 
@@ -186,6 +192,25 @@ class _ConnectorWalk:
         return self._walk.attention("connector", num_scores, width, needs_query, needs_key_value)
 
 
+def _walk_pairs(walk: _Walk, model: VLMConfig, batch: Batch, vocab_size: int) -> None:
+    assert isinstance(model.language, QFormerTextConfig)
+    assert isinstance(model.connector, QFormerConfig)
+    num_pairs, vision = batch.tokens.shape[0], model.vision
+    features = [_walk_vision(walk, encoder, batch.tiles.shape[0]) for encoder in vision.encoders][-1]
+    walk_pairs(
+        walk,
+        model.language,
+        model.connector,
+        num_pairs=num_pairs,
+        caption_length=batch.tokens.shape[1] - model.tokens_per_tile,
+        num_trained=max(1, int(batch.loss_mask.count_nonzero())),
+        num_patches=vision.num_patches,
+        input_size=vision.hidden_size,
+        vocab_size=model_vocab_size(model.language, vocab_size),
+        features=features,
+    )
+
+
 def _walk_features(walk: _Walk, model: VLMConfig, batch: Batch) -> bool:
     """Tiles through vision encoder and connector. A text-only batch sends a blank one through the parts that train."""
     num_tiles = batch.tiles.shape[0]
@@ -216,7 +241,7 @@ def _walk_vision(walk: _Walk, config: VisionTransformerConfig, num_tiles: int) -
 def _walk_connector(walk: _Walk, model: VLMConfig, num_tiles: int, features: bool) -> bool:
     config: AnyConnectorConfig = model.connector
     vision = model.vision
-    shape = FeatureShape(num_tiles, vision.num_patches, vision.hidden_size, model.language.hidden_size)
+    shape = FeatureShape(num_tiles, vision.num_patches, vision.hidden_size, model.decoder.hidden_size)
     return config.count_products(_ConnectorWalk(walk), shape, features)
 
 

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 
 from megavlm.build import check_run
 from megavlm.engines import MegatronEngine
-from megavlm.models.part import part_of
+from megavlm.models.part import parameters_by_name
 from megavlm.models.vlm import VLM
 from megavlm.recipe import Recipe
 from megavlm.runtime.fake_world import fake_world
@@ -67,7 +67,7 @@ def _count_rank(recipe: Recipe, world_size: int, rank: int, vocab_size: int) -> 
         per_trained = (2 if recipe.engine.precision == "fp32" else 3) * _FLOAT32_BYTES
         for name, parameter in _parameters(recipe, engine, vocab_size):
             is_expert = ".mlp.experts." in name
-            trained = parameter.numel() * (part_of(name) in recipe.training.trainable)
+            trained = parameter.numel() * (name in recipe.training.trained)
             copies = _num_copies(is_expert) if recipe.engine.use_distributed_optimizer else 1
             own = (parameter.numel() * item_bytes, trained * _FLOAT32_BYTES, trained * per_trained / copies)
             weights, gradients, optimizer = weights + own[0], gradients + own[1], optimizer + own[2]
@@ -86,7 +86,7 @@ def _parameters(recipe: Recipe, engine: MegatronEngine, vocab_size: int) -> Iter
             post_process=stage.post_process,
             vp_stage=stage.vp_stage,
         )
-        yield from chunk.named_parameters()
+        yield from parameters_by_name(chunk)
 
 
 def _num_copies(is_expert: bool) -> int:

@@ -1,6 +1,8 @@
 """Counts the parameters of a recipe's model, part by part, without memory for them."""
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 
 from megatron.core import parallel_state
 
@@ -35,9 +37,20 @@ def count_recipe_parameters(recipe: Recipe, vocab_size: int | None = None) -> Co
         ValueError: the tokenizer is needed and cannot be read.
     """
     vocab_size = recipe_vocab_size(recipe) if vocab_size is None else vocab_size
+    with build_whole(recipe, vocab_size) as model:
+        counts = count_parameters([model])
+    return Counter({part: counts[part] for part in PARTS if counts[part]})
+
+
+@contextlib.contextmanager
+def build_whole(recipe: Recipe, vocab_size: int) -> Iterator[VLM]:
+    """The model of a recipe on the ``meta`` device, undivided: it lives as long as the block.
+
+    Args:
+        recipe: of the model.
+        vocab_size: :func:`recipe_vocab_size`.
+    """
     with fake_world(world_size=1, rank=0):
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
         settings = MegatronEngineConfig(precision=recipe.engine.on_any_machine().precision).megatron_settings()
-        model = VLM(recipe.model, settings, vocab_size=vocab_size, image_token_id=vocab_size - 1)
-        counts = count_parameters([model])
-    return Counter({part: counts[part] for part in PARTS if counts[part]})
+        yield VLM(recipe.model, settings, vocab_size=vocab_size, image_token_id=vocab_size - 1)

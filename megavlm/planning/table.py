@@ -50,7 +50,7 @@ def _model_table(recipe: Recipe, vocab_size: int) -> Table:
         table.add_row(name, f"{count:,}", *active, state, f"{operations:.3e}", style=style)
 
     for part, count in parameters.items():
-        state = "yes" if part in trainable else "no"
+        state = "no" if part not in trainable else "yes" if recipe.training.trained.is_whole(part) else "in part"
         add(part, count, experts.idle if part == "language" else 0, state, flops.per_part[part])
         if part == "language" and has_experts:
             add("  of it experts", experts.experts, experts.idle, state, flops.inside["experts"], style="dim")
@@ -60,6 +60,8 @@ def _model_table(recipe: Recipe, vocab_size: int) -> Table:
     table.caption = (
         f"A full row: {row.tokens.shape[1]} tokens{context}, {row.tiles.shape[0]} tiles. Forward and backward."
     )
+    if recipe.training.trainable_within:
+        table.caption += " A part that trains in part counts as if it trained whole."
     if has_experts:
         table.caption += " Active: what one token meets."
     return table

@@ -5,6 +5,7 @@ nothing of the project and no megatron.core.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -42,6 +43,18 @@ class ModelSizes(Protocol):
     def num_query_groups(self) -> int | None: ...
     @property
     def num_moe_experts(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class NothingSplit:
+    """Sizes of a language model that is whole on every rank: every layout divides them."""
+
+    num_layers: int = 0
+    hidden_size: int = 0
+    ffn_hidden_size: int = 0
+    num_attention_heads: int = 0
+    num_query_groups: int | None = None
+    num_moe_experts: int | None = None
 
 
 def check_parallel_config(

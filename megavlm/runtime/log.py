@@ -54,6 +54,19 @@ class _StdoutHandler(logging.StreamHandler[TextIO]):
         pass  # the base class sets it once
 
 
+class _FileHandler(logging.FileHandler):
+    """Writes to a file; where that fails (a full disk) it says so once, not with a traceback for each line."""
+
+    has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
+        """Tell the first failure on stderr. The lines are on stdout all the same."""
+        if not self.has_failed:
+            self.has_failed = True
+            error = sys.exc_info()[1]
+            print(f"{self.baseFilename}: lines of the log cannot be written: {error}", file=sys.stderr)
+
+
 def start_log(rank: int | None = None, file: Path | None = None, level: int = logging.INFO) -> logging.Logger:
     """Send the project's log to stdout and, if given, to a file (appended to, so a resumed run goes on in it).
 
@@ -69,7 +82,7 @@ def start_log(rank: int | None = None, file: Path | None = None, level: int = lo
     handlers: list[logging.Handler] = [_StdoutHandler()]
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(file, encoding="utf-8", delay=True))
+        handlers.append(_FileHandler(file, encoding="utf-8", delay=True))
     for handler in handlers:
         handler.addFilter(_RankFilter(rank))
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(from_rank)s%(message)s", datefmt="%Y-%m-%d %H:%M:%S"))

@@ -5,21 +5,32 @@ from typing import Any
 
 import torch
 
-from megavlm.models.part import PARTS, part_of
+from megavlm.models.part import PARTS, Trainable, parameters_by_name, part_of
 
 
-def freeze_except(chunks: Sequence[torch.nn.Module], trainable: Iterable[str]) -> None:
-    """Set ``requires_grad`` of every parameter, in place: True in the named parts, False in the others.
+def freeze_except(chunks: Sequence[torch.nn.Module], trainable: Trainable | Iterable[str]) -> set[str]:
+    """Set ``requires_grad`` of every parameter, in place: True for those that train, False for the others.
 
     Args:
         chunks: this rank's (unwrapped) model chunks; a part may be absent from them.
-        trainable: names of ``megavlm.models.part.PARTS``.
+        trainable: what trains, or the names of whole parts (of ``megavlm.models.part.PARTS``).
+
+    Returns:
+        The modules of ``trainable.within`` that have a parameter here, as ``part.module``.
     """
-    wanted = set(trainable)
-    assert wanted <= set(PARTS), wanted
+    wanted = trainable if isinstance(trainable, Trainable) else Trainable(frozenset(trainable))
+    assert wanted.parts <= set(PARTS), wanted
+    modules = [(part, pattern) for part, patterns in wanted.within.items() for pattern in patterns]
+    found = set()
     for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            parameter.requires_grad_(part_of(name) in wanted)
+        for name, parameter in parameters_by_name(chunk):
+            parameter.requires_grad_(name in wanted)
+            found |= {
+                f"{part}.{pattern}"
+                for part, pattern in modules
+                if part_of(name) == part and wanted.matches(pattern, name)
+            }
+    return found
 
 
 def scale_learning_rates(chunks: Sequence[torch.nn.Module], scales: Mapping[Any, float]) -> None:

@@ -1,7 +1,7 @@
 """The training loop: one stage of one run, from its recipe to its last checkpoint."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megavlm.batch import Batch
 from megavlm.build import Parts, build_parts
-from megavlm.checkpoint import RunFolder, find_checkpoint, load_checkpoint
+from megavlm.checkpoint import RunFolder, find_to_resume, load_checkpoint
 from megavlm.config import save_recipe, validate
 from megavlm.data import LaneProgress, Loader, PackedLoader, Progress
 from megavlm.engines import MegatronEngine, StepResult
@@ -128,18 +128,21 @@ def _prepare_model(
     """Build, fill, freeze and wrap the model; make the optimizer; load what there is to load; say where it stands."""
     recipe, engine = parts.recipe, parts.engine
     chunks = parts.build_chunks()
-    resume_from = find_checkpoint(folder)
+    # verified before anything of it is believed, its recipe too
+    settings = recipe.checkpoint
+    resume_from = find_to_resume(folder, verify=settings.verify, fall_back=settings.fall_back)
     if resume_from is None:
         initialize_weights(chunks, recipe.training.seed)
     engine.num_sources = len(recipe.data.train.source_names)
-    freeze_except(chunks, recipe.training.trainable)
+    found = freeze_except(chunks, recipe.training.trained)
+    _check_modules_found(parts, found)
     scale_learning_rates(chunks, recipe.training.lr_scale)
     _log_parameters(parts, chunks)
     engine.wrap(chunks)
     engine.build_optimizer(recipe.training.optimizer)
     if resume_from is not None:
         _check_same_model(recipe, resume_from)
-        loaded = load_checkpoint(resume_from, engine, with_optimizer=True, verify=recipe.checkpoint.verify)
+        loaded = load_checkpoint(resume_from, engine, with_optimizer=True, verify=False)
         LOGGER.info("resuming %s after step %d", folder.path, loaded.iteration)
         if spikes is not None:
             spikes.restore(loaded.extra.get("loss_spike"))
@@ -150,6 +153,17 @@ def _prepare_model(
         return Position(loaded.iteration, consumed_samples), progress
     _start_from_weights(recipe, engine)
     return Position(), Progress.after(0)
+
+
+def _check_modules_found(parts: Parts, found: Collection[str]) -> None:
+    """Collective: each module of ``training.trainable_within`` is on some rank."""
+    for part, modules in parts.recipe.training.trainable_within.items():
+        for module in modules:
+            if not parts.engine.any_rank(f"{part}.{module}" in found):
+                raise ValueError(
+                    f"training.trainable_within.{part}={modules}: no parameter of {part} lies in {module!r}. Names are "
+                    "those of the model's modules below the part, as `megavlm plan --modules` lists them."
+                )
 
 
 def _start_from_weights(recipe: Recipe, engine: MegatronEngine) -> None:
@@ -167,11 +181,12 @@ def _start_from_weights(recipe: Recipe, engine: MegatronEngine) -> None:
         loaded = load_checkpoint(source, engine, with_optimizer=False, verify=verify, allow_missing_parts=PARTS)
         absent &= {part_of(key) for key in loaded.missing}
         LOGGER.info("starting from the weights of %s", source)
-    if frozen := sorted(absent.difference(recipe.training.trainable)):
+    trained = recipe.training.trained
+    if frozen := sorted(part for part in absent if not trained.is_whole(part)):
         raise ValueError(
             f"training.trainable={recipe.training.trainable}: {', '.join(map(str, sources))} holds no "
-            f"{' and no '.join(frozen)}, so that would stay untrained. Add it to the parts that train, or "
-            "give weights for it."
+            f"{' and no '.join(frozen)}, so that would stay untrained in whole or in part. Add it to the parts that "
+            "train, or give weights for it."
         )
 
 
@@ -278,9 +293,11 @@ def _log_parameters(parts: Parts, chunks: list) -> None:
     """Say how many parameters each part has and which of them train."""
     counts = count_parameters(chunks)
     totals = parts.engine.sum_over_ranks([float(counts[name]) for name in PARTS])
+    trained = parts.recipe.training.trained
     for name, total in zip(PARTS, totals, strict=True):
         if total:
-            state = "trains" if name in parts.recipe.training.trainable else "frozen"
+            state = "trains" if name in trained.parts else "frozen"
+            state += f", only {', '.join(trained.within[name])}" if name in trained.within else ""
             LOGGER.info("%-15s %15s parameters, %s", name, f"{total:,.0f}", state)
 
 

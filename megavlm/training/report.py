@@ -4,6 +4,7 @@ Only rank 0 writes. ``metrics.jsonl`` holds one line per step and is what pictur
 cuts off the steps after its checkpoint.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -18,6 +19,7 @@ from typing import Any, TextIO
 from torch.utils.tensorboard import SummaryWriter
 
 from megavlm.batch import Batch
+from megavlm.checkpoint import durable
 from megavlm.engines import MegatronEngine, StepResult
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
@@ -98,8 +100,10 @@ class Report:
     ) -> None:
         """Close the outputs."""
         for output in (self._metrics, self._tensorboard, self._progress):
-            if output is not None:
-                output.close()
+            # a full disk, which is an error here too, must not take the place of what it has done before
+            with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
+                if output is not None:
+                    output.close()
 
     def write_point(self, point: dict[str, Any]) -> None:
         """Add a line to the metrics file; ``point`` has an ``iteration``."""
@@ -158,6 +162,7 @@ class Report:
                 "lr": lr,
                 "trained tokens": result.num_trained_tokens,
                 "skip reason": result.skip_reason,
+                **{f"{name} loss": term for name, term in result.loss_terms.items()},
             }
             self._metrics.write(json.dumps(point) + "\n")
         if self._progress is not None:
@@ -205,6 +210,9 @@ class Report:
         seconds = (now - self._window_start) / num_steps
         trained = [step for step in self._window if step.num_trained_tokens]
         loss = sum(step.loss for step in trained) / len(trained) if trained else 0.0
+        names = trained[-1].loss_terms if trained else ()
+        terms = {f"{name} loss": sum(step.loss_terms[name] for step in trained) / len(trained) for name in names}
+        told = "".join(f" {name}: {term:.6E} |" for name, term in terms.items())
         tokens = sum(step.num_trained_tokens for step in self._window) / num_steps
         batch_size = self._recipe.training.global_batch_size
         skipped_samples, degraded_images, dropped_images, cut_samples = self._engine.sum_over_replicas(
@@ -234,11 +242,12 @@ class Report:
             f" skipped samples: {skipped_samples:.0f} |"
             f" images with fewer tiles: {degraded_images:.0f} |"
             f" images left out: {dropped_images:.0f} |"
-            f" samples cut off: {cut_samples:.0f} |{data}{routers}"
+            f" samples cut off: {cut_samples:.0f} |{told}{data}{routers}"
             f"{self._spikes.log_text() if self._spikes else ''}"
         )
         points = {
             "lm loss": loss,
+            **terms,
             "learning-rate": lr,
             "batch-size": float(batch_size),
             "grad-norm": self._window[-1].grad_norm,
@@ -309,4 +318,5 @@ def _cut_metrics(path: Path, after: int) -> None:
             continue
         if point["iteration"] <= after:
             kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    # never half written: what was said of earlier steps is nowhere else
+    durable.replace_file(path, "".join(kept).encode())

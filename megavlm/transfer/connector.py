@@ -40,7 +40,7 @@ def output_keys(model: VLMConfig) -> tuple[str, ...]:
     Raises:
         ValueError: the language model's width is inside the connector too, which no matrix behind it can change.
     """
-    width = model.language.hidden_size
+    width = model.decoder.hidden_size
     shapes, wider = (_connector_shapes(model, size) for size in (width, 2 * width))
     keys = tuple(key for key in shapes if shapes[key] != wider[key])
     matrices = [key for key in keys if len(shapes[key]) > 1]

@@ -84,7 +84,7 @@ def transfer(
 def _model_of(checkpoint: OwnCheckpoint) -> VLMConfig:
     """The source's model, its connector with an inner width of its own."""
     model = checkpoint.model.model.whole()
-    connector = with_inner_width(model.connector, model.language.hidden_size)
+    connector = with_inner_width(model.connector, model.decoder.hidden_size)
     return model.model_copy(update={"connector": connector})
 
 

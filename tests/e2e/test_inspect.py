@@ -49,15 +49,16 @@ def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
 
 @pytest.fixture
 def page(recipe: Path, dataset: Path, tmp_path: Path, megavlm: Megavlm) -> Path:
-    """Packed samples of a hybrid model, one of them hostile; made by the command line."""
+    """Packed samples of a hybrid model, those of one source hostile; made by the command line."""
     rows = [json.loads(line) for line in (dataset / "train.jsonl").read_text().splitlines()][:8]
-    rows[1]["conversations"][1]["value"] = HOSTILE
+    for row in rows:
+        row["conversations"][1]["value"] = HOSTILE
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = yaml.safe_load(recipe.read_text())
     tree["model"]["fusion"]["kind"] = "hybrid"
     tree["model"]["language"]["num_layers"] = 10
     tree["training"]["trainable"].append("cross_attention")
-    tree["data"] |= {"packing": {"buffer_size": 4}, "shuffle": False}
+    tree["data"] |= {"packing": {"buffer_size": 4}, "seq_length": 400}
     sources = [
         {"name": "first <b>", "weight": 1, "dataset": {"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")}},
         {"name": "second", "weight": 1, "dataset": {"kind": "jsonl", "path": str(dataset / "valid.jsonl")}},
@@ -86,7 +87,7 @@ def test_a_page_in_a_browser(page: Path, browser: webdriver.Chrome) -> None:
     assert browser.title != "owned"
     samples = browser.find_elements(By.CSS_SELECTOR, "article.sample")
     assert len(samples) == 10
-    assert any(HOSTILE in sample.find_element(By.CSS_SELECTOR, ".tokens").text for sample in samples)
+    assert any(HOSTILE in sample.get_attribute("textContent") for sample in samples)
     pictures = browser.execute_script("return [...document.images].map((one) => one.naturalWidth)")
     assert pictures
     assert all(pictures)

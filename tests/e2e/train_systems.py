@@ -5,9 +5,11 @@
 Prints ``trained NAME`` for each recipe.
 """
 
+import json
 import sys
 from pathlib import Path
 
+from megavlm.cli import main as megavlm
 from megavlm.config import load_recipe
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import start_log
@@ -27,6 +29,8 @@ NAMES = (
     "mm1_5/tiny",
     "points/tiny",
     "blip2/tiny",
+    "blip2/tiny_stage1",
+    "blip2/tiny_stage2",
     "minigpt4/tiny",
     "mplug_owl/tiny",
     "mplug_owl/tiny_lora",
@@ -61,11 +65,24 @@ def run(name: str, dataset: Path, runs: Path, *overrides: str) -> None:
     print(f"trained {name}", flush=True)
 
 
+def write_pairs(dataset: Path) -> Path:
+    """The rows that have one image, in a file of their own."""
+    rows = (dataset / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    path = dataset / "pairs.jsonl"
+    path.write_text("".join(row for row in rows if isinstance(json.loads(row).get("image"), str)), encoding="utf-8")
+    return path
+
+
 def main() -> None:
     """See the top of the file."""
     dataset, runs = map(Path, sys.argv[1:])
     start_log()
+    pairs = f"{{kind: jsonl, path: {write_pairs(dataset)}}}"
     for name in NAMES:
+        if name == "blip2/tiny_stage1":
+            run(name, dataset, runs, f"data.train={pairs}")
+            megavlm(["eval", str(runs / "runs/blip2_tiny/stage1"), f"data.valid={pairs}"])
+            continue
         if name == "vpgtrans/tiny_warmup":
             folder = runs / "runs/vpgtrans_tiny"
             settings = ConverterSettings(loss="mse")

@@ -9,7 +9,7 @@ from harness import run_ranks
 from small_connectors import SMALL_CONNECTORS, small_model
 from tiny_vlm import ADDING_H, TINY, H, Outcome, X, assemble, train_tiny
 
-from megavlm.models.part import part_of
+from megavlm.models.part import Trainable, part_of
 
 PP2_VPP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 TP2 = {"tensor_model_parallel_size": 2}
@@ -110,6 +110,29 @@ def test_frozen_parts_under_layouts(layout: str, frozen: str) -> None:
     assert {key.split(".")[0] for key in assemble(expected)} == set(trainable)
     engine = {**engine, "use_distributed_optimizer": False}
     assert_equal(run_ranks(train_tiny, world_size, engine, trainable, 3, None, 0.0), expected)
+
+
+# One layer in the middle of the language model: under pp2 x vpp2 it is the first of a chunk. The last of the encoder.
+MODULES = Trainable(
+    frozenset({"vision", "connector", "language"}),
+    {"vision": ["encoder.layers.1"], "connector": ["*_fc2"], "language": ["decoder.layers.2-2"]},
+)
+
+
+@functools.cache
+def modules_reference() -> list[Outcome]:
+    return run_ranks(train_tiny, 1, {"use_distributed_optimizer": False}, MODULES, 3, None, 0.0)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2_sp_pp2", "pp2_vpp2"])
+def test_modules_of_parts_under_layouts(layout: str) -> None:
+    world_size, engine = LAYOUTS[layout]
+    expected = modules_reference()
+    trained = list(assemble(expected))
+    assert [key for key in trained if key.startswith("connector")] == ["connector.linear_fc2.weight"]
+    assert not [key for key in trained if "layers" not in key and not key.startswith("connector")]
+    engine = {**engine, "use_distributed_optimizer": False}
+    assert_equal(run_ranks(train_tiny, world_size, engine, MODULES, 3, None, 0.0), expected)
 
 
 @pytest.mark.parametrize("trainable", [("cross_attention",), ("connector", "cross_attention"), ("language",)])

@@ -13,6 +13,7 @@ from megavlm.data import Sample, collate
 from megavlm.data.expansion import ImageSlot, ImageTokens, TokenRun, count_tokens, expand, route_tile
 from megavlm.engines import MegatronEngine, MegatronEngineConfig, OptimizerSettings
 from megavlm.models.initialization import initialize_weights
+from megavlm.models.part import Trainable
 from megavlm.models.vlm import VLM, VLMConfig
 from megavlm.runtime.seed import set_seed
 from megavlm.runtime.sharding import sharding_metadata
@@ -182,7 +183,7 @@ def mixed_batches(step: int, route: TileRoute = ALL_AMONG_TOKENS) -> list[Batch]
 
 def train_tiny(
     engine_config: dict[str, Any],
-    trainable: Sequence[str] = ALL_PARTS,
+    trainable: Sequence[str] | Trainable = ALL_PARTS,
     num_steps: int = 3,
     model: dict[str, Any] | None = None,
     clip_grad: float = 1.0,
@@ -203,7 +204,7 @@ def train_tiny(
 
 def build_tiny(
     engine_config: dict[str, Any],
-    trainable: Sequence[str] = ALL_PARTS,
+    trainable: Sequence[str] | Trainable = ALL_PARTS,
     model: dict[str, Any] | None = None,
 ) -> tuple[MegatronEngine, list[torch.nn.Module]]:
     """Build, initialise, freeze and wrap the model under a layout."""

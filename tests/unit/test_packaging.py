@@ -15,5 +15,6 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     [path] = tmp_path.glob("*.whl")
     held = {name for name in zipfile.ZipFile(path).namelist() if name.startswith("megavlm/")}
-    sources = {str(file.relative_to(REPOSITORY)) for file in (REPOSITORY / "megavlm").rglob("*.py")}
+    files = [*(REPOSITORY / "megavlm").rglob("*.py"), *(REPOSITORY / "megavlm/inspection/template").iterdir()]
+    sources = {str(file.relative_to(REPOSITORY)) for file in files}
     assert held == sources

@@ -6,6 +6,7 @@ implementation they get.
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,9 @@ class Backend:
     keeps the checkpoint key of a norm that stands alone."""
     quantized_experts: ModuleSpec | None = None
     """Experts whose products can be FP8; None: there are none."""
+    emulating: "Callable[[Mapping[str, Any]], Backend] | None" = None
+    """Makes, of TransformerConfig arguments, the layers of the parts that shall emulate FP8, where megatron-core runs a
+    bfloat16 model; None: FP8 is megatron-core's affair."""
 
     @property
     def unquantized(self) -> "Backend":

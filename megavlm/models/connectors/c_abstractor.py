@@ -22,6 +22,7 @@ from megavlm.models.backend import Backend
 from megavlm.models.connectors.average_pooling import pool_grid
 from megavlm.models.connectors.layers import layer_norm, learned, linear, replicated_config, token_side
 from megavlm.models.connectors.products import FeatureShape, Products
+from megavlm.models.learned_positions import stretch
 
 _KERNEL = 3
 
@@ -40,6 +41,9 @@ class CAbstractorConfig(Config):
     """Linear layers behind the blocks, with SiLU between them."""
     group_size: pydantic.PositiveInt = 1
     """Channels that a 3 x 3 convolution mixes (1: depth-wise, timm's default)."""
+    position_side: pydantic.PositiveInt | None = None
+    """Patches along a side of the grid that the learned positions are of; None: the tile's. Give it in a stage of
+    higher resolution that goes on from a lower one: positions are kept as they were learned and stretched (bicubic)."""
     layernorm_epsilon: pydantic.PositiveFloat = 1e-5
     """Epsilon of every LayerNorm (timm: 1e-5 behind a convolution)."""
     init_method_std: pydantic.PositiveFloat = 0.02
@@ -132,7 +136,7 @@ class CAbstractor(MegatronModule):
         super().__init__(transformer_config)
         num_patches, input_size = patch_shape
         self.side = token_side(config.kind, config.num_tokens, num_patches)
-        self.positions = learned(transformer_config, num_patches, input_size)
+        self.positions = learned(transformer_config, (config.position_side or round(num_patches**0.5)) ** 2, input_size)
 
         def stage(inputs: list[int]) -> torch.nn.Sequential:
             return torch.nn.Sequential(*(_Block(config, transformer_config, size, backend) for size in inputs))
@@ -147,7 +151,7 @@ class CAbstractor(MegatronModule):
     def forward(self, features: Tensor) -> Tensor:
         """Abstract ``[T, P, D]`` -> ``[T, K, hidden]``, tokens row by row."""
         side = round(features.shape[1] ** 0.5)
-        grid = (features + self.positions).unflatten(1, (side, side))
+        grid = (features + stretch(self.positions, side)).unflatten(1, (side, side))
         pooled = pool_grid(self.before_pooling(grid).flatten(1, 2), self.side)
         tokens = self.behind_pooling(pooled.unflatten(1, (self.side, self.side))).flatten(1, 2)
         tokens = self.mlp[0](tokens)

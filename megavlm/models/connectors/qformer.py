@@ -99,7 +99,7 @@ class QFormer(MegatronModule):
         config: QFormerConfig,
         transformer_config: TransformerConfig,
         input_size: int,
-        output_size: int,
+        output_size: int | None,
         backend: Backend,
         *,
         has_text: bool = False,
@@ -110,7 +110,7 @@ class QFormer(MegatronModule):
             config: of the connector.
             transformer_config: see :func:`megavlm.models.connectors.layers.replicated_config`.
             input_size: width of the features.
-            output_size: width of the language model.
+            output_size: width of the language model; None: there is none, and nothing behind the layers.
             backend: where the norms come from.
             has_text: whether the layers have a feed-forward layer for text.
         """
@@ -127,10 +127,13 @@ class QFormer(MegatronModule):
             )
             for layer in range(config.num_layers)
         )
-        self.projection = linear(transformer_config, config.hidden_size, output_size, bias=True)
+        self.projection = None
+        if output_size is not None:
+            self.projection = linear(transformer_config, config.hidden_size, output_size, bias=True)
 
     def forward(self, features: Tensor) -> Tensor:
         """Read ``[T, P, D]`` -> ``[T, K, hidden]``."""
+        assert self.projection is not None, "built without a language model"
         return self.projection(self.read(features))
 
     def read(self, features: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megavlm.models.learned_positions import stretch
 from megavlm.runtime import current_device
 
 
@@ -88,17 +89,9 @@ class TileEmbedding(torch.nn.Module):
         return torch.cat((first, features))
 
     def _patch_positions(self) -> Tensor:
-        """``[P, D]``: the learned positions, stretched to the tile's grid if theirs is another.
-
-        Bicubic, from patch centre to patch centre, in float32: as transformers' ``interpolate_pos_encoding`` does it.
-        """
+        """``[P, D]``: the learned positions, stretched to the tile's grid if theirs is another."""
         positions = self.positions if self.class_token is None else self.positions[1:]
-        side = self.image_size // self.patch_size
-        if side == self.position_side:
-            return positions
-        grid = positions.float().T.unflatten(1, (self.position_side, -1))[None]
-        stretched = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
-        return stretched[0].flatten(1).T.to(positions.dtype)
+        return stretch(positions, self.image_size // self.patch_size)
 
     def _patches(self, tiles: Tensor) -> Tensor:
         """``[T, 3, H, W]`` -> normalised ``[P, T, C]``, in the parameters' dtype.

@@ -60,11 +60,22 @@ def leave_evaluation(chain: Chain, exact_match: float) -> None:
     (chain.last.folder / "evaluation.json").write_text(json.dumps({"score": score, "answers": []}), encoding="utf-8")
 
 
-def finish(chain: Chain, exact_match: float) -> None:
+def leave_scores(chain: Chain, **exact_match: float) -> None:
+    """What a comparison and ``megavlm eval`` leave of its ``scores``."""
+    for score in chain.scores:
+        if score.name in exact_match:
+            score.folder.mkdir(parents=True)
+            save_recipe(score.dataset, score.file)
+            content = {"score": {"exact_match": exact_match[score.name]}, "answers": []}
+            (score.folder / "evaluation.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def finish(chain: Chain, exact_match: float, **scores: float) -> None:
     """A chain that is trained and evaluated."""
     for stage in range(len(chain.stages)):
         leave_checkpoint(chain, stage, chain.stages[stage].recipe.training.train_iters)
     leave_evaluation(chain, exact_match)
+    leave_scores(chain, **scores)
 
 
 def measurement(chain: Chain, samples_per_second: float) -> Speed:

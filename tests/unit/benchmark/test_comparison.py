@@ -30,6 +30,29 @@ def test_the_command_line_stands_above_a_variant(tmp_path: Path) -> None:
     assert {chain.last.recipe.data.tile_tags for chain in chains} == {"2d_grid"}
 
 
+def test_an_override_may_be_for_one_stage(tmp_path: Path) -> None:
+    variants = {"x": ["second.data.tile_tags=none", "data.seq_length=200", "first.training.optimizer.lr=0.25"]}
+    path = write_comparison(tmp_path, variants=variants, overrides=["first.training.train_iters=9"])
+    first, second = (stage.recipe for stage in plan(path)[1][0].stages)
+    assert (first.data.tile_tags, second.data.tile_tags) == ("1d", "none")
+    assert (first.data.seq_length, second.data.seq_length) == (200, 200)
+    assert (first.training.optimizer.lr, second.training.optimizer.lr) == (0.25, 0.001)
+    assert (first.training.train_iters, second.training.train_iters) == (9, 20)
+
+
+def test_stages_whose_names_begin_alike(tmp_path: Path) -> None:
+    path = write_comparison(tmp_path, variants={"x": ["second.b.data.seq_length=99"]}, stages=["second.b.yaml"])
+    (tmp_path / "second.yaml").rename(tmp_path / "second.b.yaml")
+    assert plan(path)[1][0].last.recipe.data.seq_length == 99
+
+
+def test_each_run_is_scored_on_its_own(tmp_path: Path) -> None:
+    _, chains = plan(write_comparison(tmp_path, scores={"text": {"kind": "jsonl", "path": "words.jsonl"}}))
+    [score] = chains[3].scores
+    assert (score.name, score.dataset.path) == ("text", Path("words.jsonl"))
+    assert score.folder == tmp_path / "runs/none/seed2/second/scores/text"
+
+
 def test_keys_of_the_comparison_on_the_command_line(tmp_path: Path) -> None:
     path = write_comparison(tmp_path)
     comparison, for_recipes = load_comparison(
@@ -61,6 +84,12 @@ def test_folders_with_odd_names_reach_the_recipe(tmp_path: Path) -> None:
         ({"variants": {}}, "variants={}: Dictionary should have at least 1 item"),
         ({"variants": {"x": "data.tile_tags=none"}}, "variants.x='data.tile_tags=none': Input should be a valid list"),
         ({"variants": {"../x": []}}, "variants='../x': is also a folder's name.*Rename it"),
+        ({"scores": {"a b": {"kind": "jsonl", "path": "x"}}}, "scores='a b': is also a folder's name.*Rename it"),
+        ({"scores": {"text": {"kind": "jsonl", "path": "x", "limt": 2}}}, "scores.text.limt=2: unknown key.*'limit'"),
+        (
+            {"variants": {"x": ["second.checkpoint.save=here"]}},
+            "variants.x='checkpoint.save=here': a comparison sets checkpoint.save itself. Use `save`",
+        ),
         ({"seeds": [1, 2, 1]}, "seeds=1, 2, 1: 1 is there twice, and both would share a run folder. Rename or remove"),
         ({"stages": ["a/s.yaml", "b/s.yaml"]}, "stages=s, s: s is there twice"),
         ({"train": False, "speed": None}, "train=False: and speed=null, so there is nothing to do"),
@@ -98,6 +127,11 @@ def test_wrong_overrides(tmp_path: Path, override: str, message: str) -> None:
     ("variant", "message"),
     [
         ("data.tile_tag=none", "variants.bad, stage first: recipe=.*\n.*tile_tag='none': unknown key. Did you mean"),
+        (
+            "second.data.tile_tag=none",
+            "variants.bad, stage second: recipe=.*\n.*tile_tag='none': unknown key. Did you mean",
+        ),
+        ("third.data.tile_tags=none", "variants.bad, stage first: recipe=.*\n.*third=.*: unknown key"),
         ("training.micro_batch_size=5", "variants.bad, stage first: .*global_batch_size"),
         ("data.valid=null", "variants.bad: data.valid=None in its last stage second: there is nothing to evaluate on"),
     ],
@@ -116,4 +150,16 @@ def test_without_training_no_validation_data_is_needed(tmp_path: Path) -> None:
 def test_missing_files_are_told_before_the_first_run(tmp_path: Path) -> None:
     _, chains = plan(write_comparison(tmp_path), "tokenizer.path=nowhere.model")
     with pytest.raises(ValueError, match=r"variants\.tags, stage first: .*nowhere\.model"):
+        check_inputs(chains)
+
+
+def test_missing_scores_are_told_before_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megavlm.benchmark.comparison.build_processor", lambda recipe: None)  # there is no tokenizer
+    data = {"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")}
+    (tmp_path / "rows.jsonl").write_text(
+        '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n', encoding="utf-8"
+    )
+    path = write_comparison(tmp_path, scores={"text": {"kind": "jsonl", "path": "nowhere.jsonl"}})
+    _, chains = plan(path, f"data.train={data}", f"data.valid={data}")
+    with pytest.raises(ValueError, match=r"variants\.tags, stage first: dataset\.path=nowhere\.jsonl: cannot be read"):
         check_inputs(chains)

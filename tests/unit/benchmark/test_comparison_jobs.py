@@ -3,11 +3,22 @@
 from pathlib import Path
 
 import pytest
-from made_up import finish, leave_checkpoint, leave_evaluation, leave_round, measurement, plan, write_comparison
+from made_up import (
+    finish,
+    leave_checkpoint,
+    leave_evaluation,
+    leave_round,
+    leave_scores,
+    measurement,
+    plan,
+    write_comparison,
+)
 
 from megavlm.benchmark.comparison import Chain, Comparison
-from megavlm.benchmark.job import Job, first_difference, plan_jobs, round_file, steps_done
+from megavlm.benchmark.job import Job, first_difference, is_evaluated, plan_jobs, round_file, steps_done
 from megavlm.benchmark.speed import write_speed
+from megavlm.config import load_recipe
+from megavlm.recipe import Recipe
 
 ALL_OF_A_CHAIN = ["train first", "train second", "evaluate second"]
 
@@ -65,7 +76,38 @@ def test_the_evaluation_of_a_half_trained_model_does_not_count(tmp_path: Path) -
     leave_evaluation(chains[0], 0.1)
     train, evaluate = jobs(comparison, chains)[:2]
     assert (train.kind, evaluate.kind) == ("train", "eval")
-    assert train.clears == chains[0].last.folder / "evaluation.json"
+    assert train.clears == tuple(chains[0].last.folder / name for name in ("evaluation.json", "scores"))
+
+
+SCORES = {name: {"kind": "jsonl", "path": f"{name}.jsonl"} for name in ("text", "shots")}
+
+
+def test_scores_are_evaluations_of_their_own(tmp_path: Path) -> None:
+    comparison, chains = plan(write_comparison(tmp_path, scores=SCORES, speed=None, seeds=[1]))
+    finish(chains[0], 0.5, text=0.25)
+    planned = jobs(comparison, chains)
+    assert names(planned, "tags", 1) == ["evaluate second on shots"]
+    every = [f"evaluate second{on}" for on in ("", " on text", " on shots")]
+    assert names(planned, "none", 1) == ["train first", "train second", *every]
+    folder = tmp_path / "runs/tags/seed1/second"
+    verb, run, data, option, output, *_ = planned[0].arguments
+    assert (verb, run, option, output) == ("eval", str(folder), "--output", str(folder / "scores/shots"))
+    assert (
+        load_recipe(folder.parent / "second/iter_0000006/recipe.yaml", [data], Recipe).data.valid
+        == (comparison.scores["shots"])
+    )
+    assert planned[0].clears == (folder / "scores/shots",)
+    assert not is_evaluated(chains[0])
+    leave_scores(chains[0], shots=0.0)
+    assert is_evaluated(chains[0])
+
+
+def test_a_score_on_other_data_is_refused(tmp_path: Path) -> None:
+    finish(plan(write_comparison(tmp_path, scores=SCORES))[1][0], 0.5, text=0.25, shots=0.0)
+    comparison, chains = plan(write_comparison(tmp_path, scores=SCORES), "scores.text.limit=7")
+    message = r"seed1/second/scores/text was made with other settings: text\.limit was None and is 7 now"
+    with pytest.raises(ValueError, match=message):
+        jobs(comparison, chains)
 
 
 def test_a_run_of_another_recipe_is_refused(tmp_path: Path) -> None:
@@ -84,7 +126,7 @@ def test_a_round_counts_when_every_variant_is_in_it(tmp_path: Path) -> None:
     planned = jobs(comparison, chains)
     assert [job.name for job in planned] == ["none: time second, round 2 of 2", "tags: time second, round 2 of 2"]
     # the half round goes before the first of its variants is timed, and never between them
-    assert [job.clears for job in planned] == [round_file(comparison, 2, "tags").parent, None]
+    assert [job.clears for job in planned] == [(round_file(comparison, 2, "tags").parent,), ()]
 
 
 @pytest.mark.parametrize(

@@ -123,3 +123,19 @@ def test_smoothing_keeps_a_short_curve_and_levels_a_long_one() -> None:
     assert smooth([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]
     zigzag = [float(step % 2) for step in range(400)]
     assert all(0.4 < value < 0.6 for value in smooth(zigzag)[20:])
+
+
+def test_scores_are_columns_and_panels(tmp_path: Path) -> None:
+    scores = {"text": {"kind": "jsonl", "path": "words.jsonl"}}
+    comparison, chains = plan(write_comparison(tmp_path, scores=scores, speed=None))
+    for chain, text in zip(chains, (1.0, 0.25, 0.5, 0.75), strict=True):
+        finish(chain, 0.5, text=text)
+    results = collect_results(comparison, chains)
+    titles, *rows = results.table()
+    assert titles == ["variant", "exact match", "text", "blank images", "validation loss"]
+    assert [row[2] for row in rows] == ["75.0% (100.0, 50.0)", "50.0% (25.0, 75.0)"]
+    assert "Exact match on 8 questions, and on text: mean" in markdown(results)
+    draw_comparison(tmp_path / "with.png", chains, results)
+    draw_comparison(tmp_path / "without.png", chains, dataclasses.replace(results, scores=[]))
+    widths = [Image.open(tmp_path / f"{name}.png").width for name in ("with", "without")]
+    assert widths[0] > widths[1] + 300

@@ -150,6 +150,17 @@ def test_padding_of_an_fp8_recipe_is_derived_and_its_waste_told() -> None:
     assert "precision of experts" not in parts, "the recipe has none"
 
 
+def test_emulated_fp8_needs_no_gpu_and_is_told_as_such() -> None:
+    changes = ["engine.backend=fp8_emulation", "engine.precision=fp8", "engine.fp8.recipe=mxfp8"]
+    found = examine(recipe("tiny.yaml", *changes), LAPTOP)
+    assert found.problems == []
+    parts = {path.module: path.path for path in found.paths if path.module.startswith("precision")}
+    assert parts["precision of language"] == "FP8 mxfp8 (hybrid), emulated: slower than bfloat16"
+    config = MegatronEngineConfig(backend="fp8_emulation", precision="fp8")
+    paths = {path.module: path.path for path in find_paths(LAPTOP, config, None)}
+    assert paths["experts"] == "one after another, each with FP8 scales of its own"
+
+
 def shown(**fields: Any) -> str:
     console = Console(file=io.StringIO(), width=200)
     print_examination(examine(**fields), console)

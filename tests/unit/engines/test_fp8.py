@@ -41,7 +41,11 @@ def test_settings_are_fields_that_megatron_core_has(recipe: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"backend": "torch"}, r"engine\.precision='fp8': engine\.backend='torch' has no FP8"),
+        ({"backend": "torch"}, r"engine\.precision='fp8': engine\.backend='torch' has no FP8.*or to fp8_emulation"),
+        (
+            {"backend": "fp8_emulation", "precision": "bf16"},
+            r"engine\.backend='fp8_emulation': there is nothing to emulate in engine\.precision='bf16'\. Set precision",
+        ),
         (
             {"fp8": {"language": "bf16", "experts": "fp8", "vision": "fp8"}},
             r"engine\.fp8\.experts='fp8': it is inside the decoder's layers.*language='bf16'",
@@ -56,6 +60,57 @@ def test_settings_are_fields_that_megatron_core_has(recipe: str) -> None:
 def test_settings_that_do_not_fit_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(pydantic.ValidationError, match=message):
         engine(**fields)
+
+
+def test_emulation_keeps_the_settings_and_shapes_of_the_recipe() -> None:
+    emulated, real = engine(backend="fp8_emulation"), engine()
+    assert emulated.pad_multiple == real.pad_multiple
+    fields = Fp8Config().megatron_fields()
+    assert fields.items() <= emulated.megatron_settings().items()
+    assert emulated.megatron_settings()["gradient_accumulation_fusion"] is False
+    assert emulated.on_any_machine().backend == "torch"
+
+
+class Scaled(torch.nn.Module):
+    """A layer in the engine's contract of one that emulates."""
+
+    def __init__(self, *amaxes: float) -> None:
+        super().__init__()
+        self.own, self.told, self.is_on = torch.tensor(amaxes), None, True
+
+    def amaxes(self) -> torch.Tensor:
+        return self.own
+
+    def update_scales(self, amaxes: torch.Tensor) -> None:
+        self.told = amaxes
+
+    def switch_off(self) -> None:
+        self.is_on = False
+
+
+def test_scales_are_agreed_on_in_one_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    exchanged = []
+
+    def all_reduce(tensor: torch.Tensor, op: Any, group: Any) -> None:
+        exchanged.append((tensor.tolist(), op, group))
+        tensor.mul_(2.0)
+
+    monkeypatch.setattr(fp8.torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(fp8.parallel_state, "get_amax_reduction_group", lambda: "tp and dp")
+    layers = [Scaled(1.0, 2.0, 3.0), Scaled(), Scaled(4.0, 5.0, 6.0)]
+    found = fp8.emulating_layers([torch.nn.Sequential(torch.nn.Linear(1, 1), *layers)])
+    assert found == layers
+    fp8.update_scales(found, torch.device("cpu"))
+    assert exchanged == [([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], torch.distributed.ReduceOp.MAX, "tp and dp")]
+    assert [None if layer.told is None else layer.told.tolist() for layer in layers] == [
+        [2.0, 4.0, 6.0],
+        None,
+        [8.0, 10.0, 12.0],
+    ]
+    fp8.update_scales([Scaled()], torch.device("cpu"))
+    assert len(exchanged) == 1, "nothing depends on steps"
+    fp8.switch_off([torch.nn.Sequential(*layers)])
+    assert not any(layer.is_on for layer in layers)
 
 
 def test_parts_inside_the_decoder_follow_it() -> None:
@@ -141,7 +196,7 @@ def missing_package(name: str) -> str:
 
 def test_a_machine_that_cannot_is_told_what_can(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        ValueError, match=r"engine\.fp8\.recipe=tensorwise: there is no CUDA GPU here\. Set engine\.prec"
+        ValueError, match=r"engine\.fp8\.recipe=tensorwise: there is no CUDA GPU here\. Set .*backend=fp8_emulation"
     ):
         fp8.check_machine(Fp8Config())
     as_gpu(monkeypatch, HOPPER, "2.11.0")

@@ -121,3 +121,30 @@ def test_loss_picture(recipe: Recipe, tmp_path: Path) -> None:
     with Image.open(draw_loss(tmp_path)) as picture:
         assert picture.size > (600, 300)
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 50  # something was drawn
+
+
+def test_a_full_disk_takes_nothing_that_was_said(recipe: Recipe, tmp_path: Path) -> None:
+    file = tmp_path / METRICS_FILE
+    file.write_text("".join(json.dumps({"iteration": step, "lm loss": 1.0}) + "\n" for step in range(1, 9)))
+    before = file.read_text()
+    full = tmp_path / f"{METRICS_FILE}.new"
+    full.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        report(recipe, tmp_path, iteration=4)
+    assert file.read_text() == before
+    full.unlink()
+    with report(recipe, tmp_path, iteration=4):
+        assert [point["iteration"] for point in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_the_first_error_is_the_one_that_is_told(recipe: Recipe, tmp_path: Path) -> None:
+    """Outputs that cannot be closed on a full disk do not take the place of what went wrong before."""
+
+    def write_and_fail() -> None:
+        with report(recipe, tmp_path) as out:
+            out._metrics = open("/dev/full", "a")  # noqa: SIM115
+            out._metrics.write("still in memory")
+            raise ValueError("a checkpoint did not fit")
+
+    with pytest.raises(ValueError, match="a checkpoint did not fit"):
+        write_and_fail()

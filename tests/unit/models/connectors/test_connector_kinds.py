@@ -14,6 +14,7 @@ from torch import Tensor
 from megavlm.models.backend import BACKENDS
 from megavlm.models.connectors import CONNECTORS, AnyConnectorConfig
 from megavlm.models.initialization import initialize_weights
+from megavlm.models.learned_positions import stretch
 from megavlm.runtime import fake_world, process
 
 SETTINGS: dict[str, Any] = {
@@ -294,3 +295,26 @@ def test_c_abstractor_is_convolutions_around_a_pooling(group_size: int) -> None:
     torch.testing.assert_close(connector(features), expected, rtol=1e-4, atol=1e-5)
     assert connector.before_pooling[0].shortcut is not None
     assert connector.before_pooling[1].shortcut is None
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_c_abstractor_takes_positions_of_another_resolution() -> None:
+    config = read("c_abstractor", num_tokens=4, hidden_size=24, depth=1, position_side=3)
+    connector = build(config, 36)  # 6 x 6 patches
+    assert connector.positions.shape == (9, WIDTH), "as they were learned, so that a checkpoint fits"
+    torch.manual_seed(2)
+    for parameter in connector.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    features = torch.randn(2, 36, WIDTH)
+    same = build(read("c_abstractor", num_tokens=4, hidden_size=24, depth=1), 36)
+    weights = dict(connector.state_dict())
+    grid = weights["positions"].T.reshape(1, WIDTH, 3, 3)
+    stretched = F.interpolate(grid, (6, 6), mode="bicubic", align_corners=False)
+    weights["positions"] = stretched[0].flatten(1).T
+    same.load_state_dict(weights)
+    torch.testing.assert_close(connector(features), same(features), rtol=0, atol=0)
+    # the corners of the grid keep their meaning: a flat field stays flat, a slope stays a slope
+    assert torch.equal(stretch(torch.ones(9, 2), 6), torch.ones(36, 2))
+    slope = stretch(torch.arange(3.0).repeat(3)[:, None], 6).unflatten(0, (6, 6))
+    assert (slope[:, 1:] >= slope[:, :-1]).all()
+    assert torch.equal(slope[0], slope[5])

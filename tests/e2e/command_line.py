@@ -1,6 +1,7 @@
 """The ``megavlm`` command as a process, and what it leaves."""
 
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -50,6 +51,7 @@ def run_warm(arguments: Sequence[object], folder: Path, timeout: float) -> subpr
 
 def _be_command(arguments: list[str], folder: Path, output: Path, environment: dict[str, str]) -> None:
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # it would start its own children as it was started itself
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

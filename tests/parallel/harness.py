@@ -192,6 +192,7 @@ def _serve(rank: int, connection: multiprocessing.connection.Connection, output:
     """Answer calls until the other end closes the connection or is gone: the server, too, ends with its process."""
     parent = os.getppid()
     os.setsid()  # the parent kills the group
+    multiprocessing.set_start_method(None, force=True)  # a rank starts its own children as any process does
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

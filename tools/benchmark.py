@@ -16,20 +16,17 @@ import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-import transformers
 from benchmark_models import MODES, Ours, Side, Theirs, make_batches
 from benchmark_size import SIZES, Size, linear_flops, matmul_shapes, step_flops
+from benchmark_worker import Worker, answer_all, describe_machine, time_steps
 from torch.utils.flop_counter import FlopCounterMode
 
-import megavlm
 from megavlm.runtime import cpu_device, process
 
 EVERYTHING = ("vision", "connector", "language")
@@ -98,59 +95,24 @@ class Row:
     num_threads: int
 
 
-class Worker:
-    """A process that trains one side, and works when it is told to."""
-
-    def __init__(self, row: Row, side: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, other_end = context.Pipe()
-        self._process = context.Process(target=serve, args=(other_end, row, side), daemon=True)
-        self._process.start()
-        other_end.close()
-
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return ``function(side, *arguments)`` of the process.
-
-        Raises:
-            EOFError: the process has failed, and its own error is above.
-        """
-        self._connection.send((function, arguments))
-        return self._connection.recv()
-
-    def end(self) -> None:
-        """Let the process end by itself."""
-        self._connection.close()
-        self._process.join()
-
-
 def serve(connection: multiprocessing.connection.Connection, row: Row, side: str) -> None:
     """In a worker: build one side, then do what is asked until the other end is closed."""
-    batches = make_batches(row.size, row.trained_share)
+    steps = [[batch] for batch in make_batches(row.size, row.trained_share)]
     torch.set_num_threads(row.num_threads)
-    theirs = Theirs(row.size, row.mode, row.trainable, batches)
+    theirs = Theirs(row.size, row.mode, row.trainable, steps)
     if side == "transformers":
         answer_all(connection, theirs)
         return
     weights = theirs.initial_weights()
     del theirs
     with process.process(num_threads=row.num_threads):
-        answer_all(connection, Ours(row.size, row.mode, row.trainable, batches, weights))
-
-
-def answer_all(connection: multiprocessing.connection.Connection, side: Side) -> None:
-    """Answer one request after the other."""
-    while True:
-        try:
-            function, arguments = connection.recv()
-        except EOFError:
-            return
-        connection.send(function(side, *arguments))
+        answer_all(connection, Ours(row.size, row.mode, row.trainable, steps, weights))
 
 
 @contextmanager
 def start_sides(row: Row) -> Iterator[tuple[Worker, Worker]]:
     """Start MegaVLM's and transformers' process; end them with the block."""
-    workers = Worker(row, "MegaVLM"), Worker(row, "transformers")
+    workers = Worker(serve, row, "MegaVLM"), Worker(serve, row, "transformers")
     try:
         yield workers
     finally:
@@ -176,16 +138,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with start_sides(row) as (ours, theirs):
             results[name] = run_row(name, row, ours, theirs, options.rounds, options.steps)
     print("\n" + "\n".join(table_lines(results)))
-
-
-def describe_machine(num_threads: int) -> str:
-    """Say what was measured, on what."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    return (
-        f"MegaVLM {megavlm.__version__}, transformers {transformers.__version__}, torch {torch.__version__}, Python"
-        f" {platform.python_version()}; {num_threads} threads of {os.cpu_count()} cores, load {load:.1f};"
-        f" {torch.backends.cpu.get_cpu_capability()}"
-    )
 
 
 def run_row(name: str, row: Row, ours: Worker, theirs: Worker, num_rounds: int, num_steps: int) -> Result:
@@ -250,16 +202,6 @@ def see_flops(side: Side) -> int:
         side.step()
     by_operation = counter.get_flop_counts()["Global"]
     return sum(flops for operation, flops in by_operation.items() if "bmm" not in str(operation))  # bmm: attention
-
-
-def time_steps(side: Side, num_steps: int) -> float:
-    """Median seconds of a step."""
-    seconds = []
-    for _ in range(num_steps):
-        start = time.perf_counter()
-        side.step()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def matmul_rate(shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, repeats: int = 3) -> float:

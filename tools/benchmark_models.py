@@ -95,7 +95,7 @@ class Ours:
         size: Size,
         mode: str,
         trainable: Sequence[str],
-        batches: Sequence[Batch],
+        steps: Sequence[Sequence[Batch]],
         weights: Mapping[str, Tensor],
     ) -> None:
         config = vlm_config(size)
@@ -111,20 +111,21 @@ class Ours:
         freeze_except([self.model], trainable)
         self.engine.wrap([self.model])
         self.engine.build_optimizer(OPTIMIZER)
-        self._batches = batches
+        self.steps = steps
+        """Micro-batches of each step; taken in turn."""
         self._next = 0
 
     def step(self) -> float:
-        """Train on the next batch; return its loss."""
-        batch = self._batches[self._next % len(self._batches)]
+        """Train on the micro-batches of the next step; return their loss."""
+        batches = self.steps[self._next % len(self.steps)]
         self._next += 1
-        return self.engine.train_step([batch]).loss
+        return self.engine.train_step(list(batches)).loss
 
 
 class Theirs:
     """InternVLForConditionalGeneration in a plain loop: SDPA, fused AdamW, gradients set to None."""
 
-    def __init__(self, size: Size, mode: str, trainable: Sequence[str], batches: Sequence[Batch]) -> None:
+    def __init__(self, size: Size, mode: str, trainable: Sequence[str], steps: Sequence[Sequence[Batch]]) -> None:
         torch.manual_seed(1)
         self.model = InternVLForConditionalGeneration(their_config(size)).train()
         _unsettle(self.model)
@@ -149,7 +150,8 @@ class Theirs:
             weight_decay=OPTIMIZER.weight_decay,
             fused=True,
         )
-        self._inputs = [their_inputs(size, batch, MODES[mode].their_parameters) for batch in batches]
+        dtype = MODES[mode].their_parameters
+        self._steps = [[their_inputs(batch, size, dtype) for batch in batches] for batches in steps]
         self._next = 0
 
     def initial_weights(self) -> dict[str, Tensor]:
@@ -157,16 +159,20 @@ class Theirs:
         return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
 
     def step(self) -> float:
-        """Train on the next batch; return its loss."""
-        inputs = self._inputs[self._next % len(self._inputs)]
+        """Train on the micro-batches of the next step; return their loss, the mean over all their trained tokens."""
+        batches = self._steps[self._next % len(self._steps)]
         self._next += 1
         self._optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16) if self._autocast else contextlib.nullcontext():
-            loss = self.model(**inputs).loss
-        loss.backward()
+        num_trained = sum(int((inputs["labels"] != -100).sum()) for inputs in batches)
+        whole_loss = 0.0
+        for inputs in batches:
+            with torch.autocast("cpu", torch.bfloat16) if self._autocast else contextlib.nullcontext():
+                loss = self.model(**inputs, num_items_in_batch=num_trained).loss
+            loss.backward()
+            whole_loss += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(self._parameters, OPTIMIZER.clip_grad)
         self._optimizer.step()
-        return float(loss.detach())
+        return whole_loss
 
 
 def _unsettle(model: torch.nn.Module) -> None:
@@ -240,14 +246,16 @@ def their_config(size: Size) -> InternVLConfig:
     return config
 
 
-def their_inputs(size: Size, batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+def their_inputs(batch: Batch, size: Size, dtype: torch.dtype) -> dict[str, Tensor]:
     """A batch as their forward takes it: labels not yet shifted, pixels normalised beforehand (not in their time)."""
     labels = torch.full_like(batch.tokens, -100)
     labels[:, 1:] = torch.where(batch.loss_mask[:, :-1] != 0, batch.tokens[:, 1:], -100)
-    mean = torch.tensor(vlm_config(size).vision.image_mean).view(3, 1, 1)
-    std = torch.tensor(vlm_config(size).vision.image_std).view(3, 1, 1)
-    return {
-        "input_ids": batch.tokens,
-        "labels": labels,
-        "pixel_values": ((batch.tiles.float() / 255 - mean) / std).to(dtype),
-    }
+    inputs = {"input_ids": batch.tokens, "labels": labels}
+    padding = batch.is_padding()
+    if padding is not None and padding.any():
+        inputs["attention_mask"] = (~padding).long()
+    if len(batch.tiles):
+        mean = torch.tensor(vlm_config(size).vision.image_mean).view(3, 1, 1)
+        std = torch.tensor(vlm_config(size).vision.image_std).view(3, 1, 1)
+        inputs["pixel_values"] = ((batch.tiles.float() / 255 - mean) / std).to(dtype)
+    return inputs

@@ -103,19 +103,31 @@ class Cluster:
 
     def kill_node(self, node: str) -> int:
         """Take a node away as a loss of power does: slurmd, its stepds, all that they started. Returns how many."""
+        # whoever could tell the controller about the death of another goes first
         victims = [int((self.folder / "run" / f"slurmd.{node}.pid").read_text())]
-        processes = self.processes()
+        processes, started = self.processes(), []
         for number, variables in processes.items():
             if variables.get("SLURMD_NODENAME") == node and "SLURM_JOB_ID" in variables:
-                victims.append(number)
+                started.append(number)
                 parent = _parent(number)
-                while parent in processes and "slurmstepd" in _command(parent):
-                    victims.append(parent)
+                while parent in processes:
+                    if "slurmstepd" in _command(parent):
+                        victims.append(parent)
                     parent = _parent(parent)
+        victims += started
         victims = list(dict.fromkeys(victims))
         for number in victims:
             _send(number, signal.SIGKILL)
         return len(victims)
+
+    def set_down(self, node: str) -> None:
+        """Take a node out of service, as an administrator does."""
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=campaign")
+
+    def resume_node(self, node: str) -> None:
+        """Put it into service again; it may have come back by itself (ReturnToService=2)."""
+        if "DOWN" in self.run("sinfo", "--noheader", "--Node", "--nodes", node, "--format=%T").upper():
+            self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
     def start_node(self, node: str) -> None:
         """Start the slurmd of a node that was killed."""

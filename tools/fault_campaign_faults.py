@@ -116,7 +116,7 @@ def node_down(this: Round, kind: str) -> None:
     if is_power:
         this.cluster.kill_node(node)
     else:
-        this.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=campaign")
+        this.cluster.set_down(node)
     comes_back = time.monotonic() + seconds_away
     first_words = len(this.output)
 
@@ -131,7 +131,7 @@ def node_down(this: Round, kind: str) -> None:
     if is_power:
         this.cluster.start_node(node)
     else:
-        this.cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        this.cluster.resume_node(node)
     this.wait(is_noticed, "anybody to notice")
     this.wait_end()
     lines = this.output[first_words:].splitlines()

@@ -93,7 +93,6 @@ def train(name: str, folder: Path, data: Path, train_iters: Sequence[int] | None
             f"checkpoint.save={stage}",
             f"training.micro_batch_size={BATCH_SIZES[number]}",
             "training.eval_interval=null",
-            "checkpoint.save_interval=null",
             f"tokenizer.path={data}/tokenizer.model",
             f"data.train.path={data}/stage{number + 1}_train.jsonl",
             f"data.valid.path={data}/valid.jsonl",

@@ -13,7 +13,7 @@ from megavlm.cli import main
 from megavlm.config import load_recipe
 from megavlm.data.blend import BlendConfig
 from megavlm.models.connectors import CONNECTORS
-from megavlm.planning.parameters import count_recipe_parameters
+from megavlm.planning.parameters import build_whole, count_recipe_parameters, recipe_vocab_size
 from megavlm.recipe import Recipe
 
 REPOSITORY = Path(__file__).parents[2]
@@ -168,7 +168,7 @@ STAGES = {
     "mm1_5/mm1_5_3b_continual": ("vision connector language", 256, 1e-5, 0, 0.0, 4096, "cosine"),
     "mm1_5/mm1_5_3b_sft": ("vision connector language", 256, 2e-5, 0, 0.0, 4096, "cosine"),
     "points/points_9b_ocr_vit": ("vision connector", 32, 2e-4, 28125, 0.0, 4096, "cosine"),
-    "points/points_9b_pretrain": ("connector", 32, 2e-5, 938, 0.0, 4096, "cosine"),
+    "points/points_9b_pretrain": ("vision connector", 32, 2e-5, 938, 0.0, 4096, "cosine"),
     "points/points_9b_sft": ("connector language", 32, 2e-5, 900, 0.0, 4096, "cosine"),
     "blip2/blip2_stage1": ("connector text", 1680, 1e-4, 2000, 0.05, 63, "cosine"),
     "blip2/blip2_7b_stage2": ("connector", 1920, 1e-4, 2000, 0.05, 65, "cosine"),
@@ -195,6 +195,24 @@ def test_stages_are_those_of_the_papers(name: str) -> None:
         recipe.data.seq_length,
         optimizer.lr_decay_style,
     )
+
+
+# parameters that train, in millions: three layers of one CLIP ViT-L and the MLP; linear layers behind a Q-Former
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("points/points_9b_pretrain", 37.79 + 33.56),
+        ("minigpt4/minigpt4_7b_stage1", 3.15),
+        ("minigpt4/minigpt4_7b_stage2", 3.15),
+        ("vpgtrans/vpgtrans_7b_warmup", 3.15),
+        ("vpgtrans/vpgtrans_7b_finetune", 108.31),
+    ],
+)
+def test_modules_that_train_alone(name: str, millions: float) -> None:
+    recipe = load(name)
+    with build_whole(recipe, recipe_vocab_size(recipe)) as model:
+        trained = sum(p.numel() for n, p in model.named_parameters() if n in recipe.training.trained)
+    assert trained / 1e6 == pytest.approx(millions, abs=0.01)
 
 
 def test_rates_of_parts() -> None:

@@ -41,9 +41,10 @@ def test_an_override_may_be_for_one_stage(tmp_path: Path) -> None:
 
 
 def test_stages_whose_names_begin_alike(tmp_path: Path) -> None:
-    path = write_comparison(tmp_path, variants={"x": ["second.b.data.seq_length=99"]}, stages=["second.b.yaml"])
-    (tmp_path / "second.yaml").rename(tmp_path / "second.b.yaml")
-    assert plan(path)[1][0].last.recipe.data.seq_length == 99
+    overrides = ["second.b.data.seq_length=99", "second.data.seq_length=98"]
+    path = write_comparison(tmp_path, variants={"x": overrides}, stages=["second.yaml", "second.b.yaml"])
+    (tmp_path / "second.b.yaml").write_bytes((tmp_path / "second.yaml").read_bytes())
+    assert [stage.recipe.data.seq_length for stage in plan(path)[1][0].stages] == [98, 99]
 
 
 def test_each_run_is_scored_on_its_own(tmp_path: Path) -> None:

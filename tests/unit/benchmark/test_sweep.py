@@ -78,12 +78,12 @@ def test_a_batch_that_does_not_grow_to_a_whole_number_is_a_row_with_its_reason(t
     assert "global_batch_size=5: is for 2 ranks, and 3 ranks make no whole number of it" in rows[1].refusal
 
 
-@pytest.mark.parametrize("file", ["layouts.yaml", "layouts_tiny.yaml"])
+@pytest.mark.parametrize("file", ["layouts.yaml", "layouts_tiny.yaml", "layouts_cluster.yaml"])
 def test_the_examples_are_planned(file: str) -> None:
     sweep, for_rows = load_sweep(EXAMPLES / file, [])
     rows = plan_rows(sweep, for_rows, 1)
     refused = {row.name: row.refusal for row in rows if row.recipe is None}
-    assert set(refused) <= {"d_tp2,1x1", "d_pp2,1x1"}, refused
+    assert set(refused) <= {"d_tp2,1x1", "d_pp2,1x1", "d_tp2_pp2,2x1"}, refused
     assert len(rows) >= 10
 
 

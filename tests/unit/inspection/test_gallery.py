@@ -4,6 +4,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from made_up_run import RECIPE, write_tokenizer
 from PIL import Image
 
+from megavlm.cli import main
 from megavlm.config import load_recipe
 from megavlm.data import Loader, PackedLoader
 from megavlm.inspection import inspect_data
@@ -178,7 +180,8 @@ def test_counts_need_no_pixels(folder: Path) -> None:
 
 @pytest.mark.parametrize("packing", PACKING)
 def test_nothing_of_the_data_breaks_out(folder: Path, tmp_path: Path, packing: str) -> None:
-    [path] = inspect(load(folder, packing), tmp_path / "new/look.html")
+    one_lane = ("training.global_batch_size=2", packing.replace("4", "1"))  # all six samples are looked at
+    [path] = inspect(load(folder, *one_lane), tmp_path / "new/look.html")
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     scripts = page.all("script")
@@ -236,17 +239,20 @@ def test_a_page_for_each_sample(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_page_stays_small(folder: Path, tmp_path: Path) -> None:
-    """Noise, which no picture format shrinks, in twelve tiles of 448 pixels: 150 kB measured, of 0.33 MB a sample."""
-    Image.effect_noise((1600, 1200), 120).convert("RGB").save(folder / "noise.png")
+    """Noise, which no picture format shrinks, in 13 tiles; docs/DATA.md says how large pages are."""
+    Image.frombytes("RGB", (900, 675), Random(0).randbytes(900 * 675 * 3)).save(folder / "noise.png")
     (folder / "noise.jsonl").write_text('{"image": "noise.png", "caption": "Noise."}\n')
     recipe = load(
         folder,
         f"data.train={{kind: jsonl, path: {folder}/noise.jsonl}}",
-        *("model.vision.image_size=448", "model.vision.patch_size=56", "data.seq_length=900"),
+        *("model.vision.image_size=224", "model.vision.patch_size=28", "data.seq_length=900"),
+        "data.tiling={kind: dynamic, max_tiles: 12}",
     )
     [path] = inspect(recipe, tmp_path / "look.html")
-    assert "data:image/jpeg" in path.read_text(encoding="utf-8")
-    assert path.stat().st_size < 400_000
+    text = path.read_text(encoding="utf-8")
+    assert text.count('class="tile c') == 13
+    print(len(text))
+    assert 100_000 < len(text) < 900_000
 
 
 @pytest.mark.parametrize(
@@ -282,6 +288,17 @@ def test_wrong_places(folder: Path, tmp_path: Path) -> None:
         inspect(load(folder), tmp_path / "folder.html")
     with pytest.raises(ValueError, match=r"--split=valid: the recipe has no data.valid"):
         inspect(load(folder, "data.valid=null"), tmp_path / "look.html", split="valid")
+
+
+def test_the_command_ends_in_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    words = ["data", "inspect", str(folder / "recipe.yaml"), "--num", "2"]
+    with pytest.raises(
+        SystemExit, match=r"^megavlm data inspect: error: --out=.*file: cannot be written \(.*\)\. Choose"
+    ):
+        main([*words, "--out", str(tmp_path / "file")])
+    main([*words, "--mode", "sample", "--out", str(tmp_path / "pages")])
+    assert "index.html: 3 page(s), 0." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("counts", [{}, {5: 2}, {1: 1, 13: 4}, {n * 7: n + 1 for n in range(300)}, {0: 3, 10**6: 1}])

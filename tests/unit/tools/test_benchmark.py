@@ -52,3 +52,15 @@ def test_unequal_sides_are_refused(change: str, message: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+def test_packing_is_compared_on_equal_losses() -> None:
+    command = [sys.executable, str(TOOL.with_name("packing_benchmark.py")), "--size", "tiny", "--threads", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = ["--mode", "fp32", "--rounds", "1", "--samples", "8"]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+    padding = {side: int(share.removesuffix("%")) for side, _, share, _ in cells[2:]}
+    assert list(padding) == ["packed", "padded", "transformers"]
+    assert padding["packed"] < padding["padded"] == padding["transformers"]

@@ -66,7 +66,7 @@ def test_draws_depend_on_seed_and_micro_batch_alone() -> None:
 
 
 def test_contrast_is_cross_entropy_over_the_candidates() -> None:
-    """With smoothing, as torch has it; columns that are no candidates are not there, rows that are none lose nothing."""
+    """With smoothing, as torch has it; what is no candidate is not there, and loses nothing."""
     scores = torch.randn(3, 5, requires_grad=True)
     is_candidate = torch.tensor([True, False, True, True, True])
     found = contrast_loss(scores, torch.tensor([2, 1, 4]), is_candidate, 0.1)

@@ -1,4 +1,4 @@
-"""What sees what in the first stage of BLIP-2, by changing one thing and looking at what changes; and pairs in batches."""
+"""What sees what in BLIP-2's first stage, by changing one thing and looking at what changes; and pairs in batches."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -31,12 +31,8 @@ def _one_rank() -> Iterator[None]:
 @pytest.fixture
 def modules() -> tuple[QFormer, QFormerText]:
     language = QFormerTextConfig(max_position_embeddings=8, contrast_size=6)
-    qformer = QFormerConfig(
-        num_tokens=QUERIES, num_layers=2, hidden_size=8, ffn_hidden_size=12, num_attention_heads=2
-    )
-    built = language.build(
-        qformer, 5, SETTINGS, BACKENDS["torch"], vocab_size=20, image_token_id=IMAGE, seed=3
-    )
+    qformer = QFormerConfig(num_tokens=QUERIES, num_layers=2, hidden_size=8, ffn_hidden_size=12, num_attention_heads=2)
+    built = language.build(qformer, 5, SETTINGS, BACKENDS["torch"], vocab_size=20, image_token_id=IMAGE, seed=3)
     torch.manual_seed(1)
     for module in built:
         for parameter in module.parameters():

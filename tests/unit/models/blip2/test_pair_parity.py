@@ -1,5 +1,5 @@
-"""BLIP-2's first stage against ``transformers``: scores of Blip2ForImageTextRetrieval, and the three losses put together
-from its Q-Former, one pass for each, with torch's own cross-entropy. Values and gradients in float32."""
+"""BLIP-2's first stage against ``transformers``: scores of Blip2ForImageTextRetrieval, and the three losses put
+together from its Q-Former, one pass for each, with torch's own cross-entropy. Values and gradients in float32."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -123,7 +123,9 @@ class Both:
         with torch.no_grad():
             self.text.temperature.fill_(0.2)
             for name in self.names:
-                self.own[our_name(name)].copy_(self.theirs.get_parameter(name).detach()[: self.num_rows(name)].squeeze())
+                self.own[our_name(name)].copy_(
+                    self.theirs.get_parameter(name).detach()[: self.num_rows(name)].squeeze()
+                )
             self.text.start_embeddings.copy_(self.theirs.embeddings.word_embeddings.weight[VOCAB_SIZE:])
         self.features = torch.randn(NUM_ROWS, 7, FEATURES)
         self.captions = [torch.randint(0, IMAGE, (length,)).tolist() for length in LENGTHS]

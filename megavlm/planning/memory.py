@@ -1,6 +1,7 @@
 """Counts the memory that weights, gradients and optimizer take on a rank, by building what the rank would build.
 
-Activations and buffers of communication are not counted: they depend on the kernels.
+Activations and buffers of communication are not counted: they depend on the kernels. Neither are the weights that
+ZeRO's third stage gathers while it uses them.
 """
 
 from collections.abc import Iterator
@@ -10,13 +11,14 @@ import torch
 from megatron.core import parallel_state
 
 from megavlm.build import check_run
-from megavlm.engines import MegatronEngine
+from megavlm.engines import DeepSpeedEngineConfig, MegatronEngine
 from megavlm.models.part import parameters_by_name
 from megavlm.models.vlm import VLM
 from megavlm.recipe import Recipe
 from megavlm.runtime.fake_world import fake_world
 
 _FLOAT32_BYTES = 4
+_Amounts = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,37 @@ def _count_rank(recipe: Recipe, world_size: int, rank: int, vocab_size: int) -> 
         engine.start()
         item_bytes = recipe.engine.dtype.itemsize
         per_trained = (2 if recipe.engine.precision == "fp32" else 3) * _FLOAT32_BYTES
+        zero = recipe.engine if isinstance(recipe.engine, DeepSpeedEngineConfig) else None
+        if zero is not None:
+            per_trained = 3 * _FLOAT32_BYTES  # ZeRO has a copy of its own also where weights are float32
         for name, parameter in _parameters(recipe, engine, vocab_size):
             is_expert = ".mlp.experts." in name
             trained = parameter.numel() * (name in recipe.training.trained)
-            copies = _num_copies(is_expert) if recipe.engine.use_distributed_optimizer else 1
-            own = (parameter.numel() * item_bytes, trained * _FLOAT32_BYTES, trained * per_trained / copies)
+            is_shared = zero is None and recipe.engine.use_distributed_optimizer
+            copies = _num_copies(is_expert) if is_shared else 1
+            own: _Amounts = (parameter.numel() * item_bytes, trained * _FLOAT32_BYTES, trained * per_trained / copies)
+            if zero is not None:
+                own = _share(own, zero, parallel_state.get_data_parallel_world_size())
             weights, gradients, optimizer = weights + own[0], gradients + own[1], optimizer + own[2]
             experts += sum(own) * is_expert
         return RankMemory(parallel_state.get_pipeline_model_parallel_rank(), weights, gradients, optimizer, experts)
+
+
+def _share(
+    whole: tuple[float, float, float], zero: DeepSpeedEngineConfig, num_ranks: int
+) -> tuple[float, float, float]:
+    """What ZeRO leaves of a weight, its gradient and its (shared) optimizer state on the device of one rank.
+
+    ZeRO (arXiv 1910.02054): stage 1 shares the optimizer's state, 2 also gradients, 3 also weights. What is offloaded
+    is not on the device.
+    """
+    weight, gradient, optimizer = whole
+    if zero.zero_stage == 3:
+        weight = 0.0 if zero.offload_param else weight / num_ranks
+    if zero.zero_stage >= 2:
+        gradient /= num_ranks
+    optimizer = 0.0 if zero.offload_optimizer else optimizer / num_ranks
+    return weight, gradient, optimizer
 
 
 def _parameters(recipe: Recipe, engine: MegatronEngine, vocab_size: int) -> Iterator[tuple[str, torch.nn.Parameter]]:

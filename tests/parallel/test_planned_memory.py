@@ -65,3 +65,26 @@ def test_plan_counts_what_ranks_hold(case: str) -> None:
         assert ranks[0]["gradients"] >= stage.gradients
         # ranks share the state evenly by buffer, not by weight: single ranks differ, their mean does not
         assert sum(rank["optimizer"] for rank in ranks) / len(ranks) == pytest.approx(stage.optimizer, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shares"),
+    [
+        ({"zero_stage": 1}, (1, 1, 4)),
+        ({"zero_stage": 2}, (1, 4, 4)),
+        ({"zero_stage": 3}, (4, 4, 4)),
+        ({"zero_stage": 2, "offload_optimizer": "cpu"}, (1, 4, 0)),
+        ({"zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}, (0, 4, 0)),
+    ],
+)
+def test_zero_shares_what_its_stage_says(settings: dict[str, Any], shares: tuple[int, int, int]) -> None:
+    tree = load_recipe(EXAMPLES / "nvlm/tiny.yaml", [], Recipe).model_dump(mode="json")
+    tree.update(model=TINY)
+
+    def plan(engine: dict[str, Any]) -> tuple[float, float, float]:
+        [rank] = count_memory(validate({**tree, "engine": engine}, Recipe, source="made"), 4, VOCAB_SIZE)
+        return rank.weights, rank.gradients, rank.optimizer
+
+    whole = plan({"kind": "megatron", "use_distributed_optimizer": False, **BF16})
+    wanted = tuple(amount / share if share else 0.0 for amount, share in zip(whole, shares, strict=True))
+    assert plan({"kind": "deepspeed", **BF16, **settings}) == pytest.approx(wanted)

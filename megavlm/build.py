@@ -11,6 +11,7 @@ from megavlm.data import SampleProcessor
 from megavlm.data.tokenizers import Tokenizer
 from megavlm.engines import DeepSpeedEngineConfig, MegatronEngine, Stage, build_engine
 from megavlm.engines.fp8 import check_sides
+from megavlm.models.blip2 import QFormerTextConfig
 from megavlm.models.products import product_sides
 from megavlm.models.vlm import VLM, model_vocab_size
 from megavlm.recipe import Recipe
@@ -69,7 +70,8 @@ def check_run(recipe: Recipe, world_size: int) -> None:
     recipe.model.vision.check_layout(tp)
     if isinstance(engine, DeepSpeedEngineConfig):
         engine.check_experts(language.num_moe_experts)
-    divisor = language.make_vocab_size_divisible_by
+    # the text side of a Q-Former is whole on every rank
+    divisor = 0 if isinstance(language, QFormerTextConfig) else language.make_vocab_size_divisible_by
     pad = engine.pad_multiple
     check_parallel_config(
         engine,

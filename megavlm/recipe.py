@@ -194,13 +194,14 @@ class Recipe(Config):
         absent = {"language", "lora"} if self.model.learns_from_pairs else {"text"}
         if named := absent.intersection(trainable):
             raise ValueError(
-                f"training.trainable={trainable}: model.language.kind={kind!r} has no {' and no '.join(sorted(named))}. "
-                f"Name {'text' if self.model.learns_from_pairs else 'language'} in its place, or leave it out."
+                f"training.trainable={trainable}: model.language.kind={kind!r} has no "
+                f"{' and no '.join(sorted(named))}. Name {'text' if self.model.learns_from_pairs else 'language'} in "
+                "its place, or leave it out."
             )
         if self.model.learns_from_pairs and "text" not in trainable and not self.checkpoint.pretrained_checkpoints:
             raise ValueError(
-                f"training.trainable={trainable}: the text side of the Q-Former starts untrained and would stay so. Add "
-                "text, or start from trained weights (checkpoint.pretrained_checkpoint)."
+                f"training.trainable={trainable}: the text side of the Q-Former starts untrained and would stay so. "
+                "Add text, or start from trained weights (checkpoint.pretrained_checkpoint)."
             )
 
     def _check_pairs(self) -> None:
@@ -225,8 +226,8 @@ class Recipe(Config):
         for setting, (is_wrong, remedy) in wrong.items():
             if is_wrong:
                 raise ValueError(
-                    f"data.{setting}: model.language.kind={language.kind!r} learns from pairs: in each row one tile and "
-                    f"the tokens of its caption. Set it to {remedy}."
+                    f"data.{setting}: model.language.kind={language.kind!r} learns from pairs: in each row one tile "
+                    f"and the tokens of its caption. Set it to {remedy}."
                 )
         longest = data.seq_length - self.model.tokens_per_tile
         if longest + 1 > language.max_position_embeddings:

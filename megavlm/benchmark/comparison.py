@@ -90,7 +90,7 @@ class Comparison(Config):
 
     def _of_stage(self, override: str) -> tuple[str | None, str]:
         """The stage that an override is for, and the override of its recipe; None: for every stage."""
-        for name in self.stage_names:
+        for name in sorted(self.stage_names, key=len, reverse=True):  # one name may begin like another
             if name not in Recipe.model_fields and override.startswith(f"{name}."):
                 return name, override.removeprefix(f"{name}.")
         return None, override

@@ -81,7 +81,7 @@ def is_evaluated(chain: Chain) -> bool:
 
 
 def _is_scored(score: PlannedScore) -> bool:
-    if not (score.folder / EVALUATION_FILE).exists():
+    if not ((score.folder / EVALUATION_FILE).exists() and score.file.exists()):
         return False
     before = yaml.safe_load(score.file.read_text(encoding="utf-8"))
     check_same(score.folder, {score.name: before}, {score.name: score.dataset.model_dump(mode="json")})

@@ -89,8 +89,7 @@ CANNOT_CARRY: dict[str, tuple[Reason, ...]] = {
         Reason(
             "its heads have hidden_size / num_attention_heads channels",
             lambda model: (
-                model.decoder.kv_channels
-                not in (None, model.decoder.hidden_size // model.decoder.num_attention_heads)
+                model.decoder.kv_channels not in (None, model.decoder.hidden_size // model.decoder.num_attention_heads)
             ),
         ),
     ),

@@ -1,8 +1,8 @@
 """The megatron-core engine: process groups, wrapped model chunks, the optimizer and one step of a run.
 
 The same code runs on gloo and nccl. It knows nothing of what the model computes: a chunk is any module that maps a
-:class:`~megavlm.batch.Batch` to hidden states, and on the last stage to per-token losses ``[N, S]`` or to logits. A chunk
-with losses of whole rows besides (BLIP-2's first stage) gives both, ``[N, S]`` and ``[N, R]``, and names them in
+:class:`~megavlm.batch.Batch` to hidden states, and on the last stage to per-token losses ``[N, S]`` or to logits. A
+chunk with losses of whole rows besides (BLIP-2's first stage) gives both, ``[N, S]`` and ``[N, R]``, and names them in
 ``loss_names``: that of tokens first.
 """
 

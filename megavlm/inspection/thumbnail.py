@@ -24,7 +24,7 @@ _LARGEST_TILE_SIDE = 192
 _SMALLEST_TILE_SIDE = 40
 
 # Where the pictures of a sample have fewer pixels together, they are kept to the pixel.
-_MOST_EXACT_PIXELS = 12 * 64 * 64
+_MOST_EXACT_PIXELS = 8 * 64 * 64
 _JPEG_QUALITY = 82
 
 

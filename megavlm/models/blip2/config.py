@@ -45,11 +45,6 @@ class QFormerTextConfig(Config):
         """Experts of a layer: none."""
 
     @property
-    def make_vocab_size_divisible_by(self) -> int:
-        """The vocabulary is not padded."""
-        return 1
-
-    @property
     def share_embeddings_and_output_weights(self) -> bool:
         """Tied inside the module, which is on one stage; nothing for megatron-core to reduce."""
         return False

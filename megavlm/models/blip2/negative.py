@@ -11,9 +11,9 @@ from megavlm.models.initialization import generator_of
 def gather_rows(rows: Tensor) -> Tensor:
     """Put the rows of all data-parallel ranks together, in the order of the ranks: ``[N, ...]`` -> ``[W, ...]``.
 
-    The gradient of a row is the sum of what all ranks' losses say of it, as if they were one process. (BLIP-2's own code
-    gathers without gradient, so there a rank's loss reaches the images and captions of others only as constants, and
-    the gradient depends on the number of processes.)
+    The gradient of a row is the sum of what all ranks' losses say of it, as if they were one process. (BLIP-2's own
+    code gathers what it contrasts without gradient, so there other ranks' images and captions are constants, and the
+    gradient depends on the number of processes.)
     """
     return gather_from_sequence_parallel_region(rows, group=parallel_state.get_data_parallel_group())
 

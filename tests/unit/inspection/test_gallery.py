@@ -251,8 +251,7 @@ def test_a_page_stays_small(folder: Path, tmp_path: Path) -> None:
     [path] = inspect(recipe, tmp_path / "look.html")
     text = path.read_text(encoding="utf-8")
     assert text.count('class="tile c') == 13
-    print(len(text))
-    assert 100_000 < len(text) < 900_000
+    assert 100_000 < len(text) < 600_000  # 532,816 measured; docs/DATA.md promises 15 MB of 24
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,9 @@ class TrainingConfig(Config):
 
     trainable: list[Part] = pydantic.Field(min_length=1)
     """Parts whose weights change; the others are frozen."""
-    trainable_within: dict[Part, Annotated[list[str], pydantic.Field(min_length=1)]] = {}
+    trainable_within: dict[Part, Annotated[list[str], pydantic.Field(min_length=1)] | None] = {}
     """Part of ``trainable`` -> the modules of it that train, while its others are frozen: names below the part, with
-    ``*`` and ranges of numbers (``vision: [decoder.layers.42-44]``)."""
+    ``*`` and ranges of numbers (``vision: [encoder.layers.42-44]``). None takes back what a base recipe says."""
     lr_scale: dict[Part, pydantic.PositiveFloat] = {}
     """Part -> what its learning rate is multiplied by, from warm-up to ``min_lr``; 1 for those that are not named."""
     train_iters: pydantic.PositiveInt
@@ -86,7 +86,10 @@ class TrainingConfig(Config):
     @property
     def trained(self) -> Trainable:
         """Which parameters train."""
-        return Trainable(frozenset(self.trainable), {str(part): names for part, names in self.trainable_within.items()})
+        return Trainable(
+            frozenset(self.trainable),
+            {str(part): names for part, names in self.trainable_within.items() if names is not None},
+        )
 
 
 class CheckpointConfig(Config):
@@ -239,7 +242,7 @@ class Recipe(Config):
 
     def _check_parts_of_modules_train(self) -> None:
         training = self.training
-        if frozen := sorted(training.trainable_within.keys() - set(training.trainable)):
+        if frozen := sorted(training.trained.within.keys() - set(training.trainable)):
             raise ValueError(
                 f"training.trainable_within={training.trainable_within}: names {', '.join(frozen)}, and "
                 f"training.trainable={training.trainable}. Add the part there, or leave it out here."

@@ -60,7 +60,7 @@ def _model_table(recipe: Recipe, vocab_size: int) -> Table:
     table.caption = (
         f"A full row: {row.tokens.shape[1]} tokens{context}, {row.tiles.shape[0]} tiles. Forward and backward."
     )
-    if recipe.training.trainable_within:
+    if recipe.training.trained.within:
         table.caption += " A part that trains in part counts as if it trained whole."
     if has_experts:
         table.caption += " Active: what one token meets."

@@ -157,7 +157,7 @@ def _prepare_model(
 
 def _check_modules_found(parts: Parts, found: Collection[str]) -> None:
     """Collective: each module of ``training.trainable_within`` is on some rank."""
-    for part, modules in parts.recipe.training.trainable_within.items():
+    for part, modules in parts.recipe.training.trained.within.items():
         for module in modules:
             if not parts.engine.any_rank(f"{part}.{module}" in found):
                 raise ValueError(

@@ -170,8 +170,8 @@ STAGES = {
     "points/points_9b_ocr_vit": ("vision connector", 32, 2e-4, 28125, 0.0, 4096, "cosine"),
     "points/points_9b_pretrain": ("vision connector", 32, 2e-5, 938, 0.0, 4096, "cosine"),
     "points/points_9b_sft": ("connector language", 32, 2e-5, 900, 0.0, 4096, "cosine"),
-    "blip2/blip2_stage1": ("connector text", 1680, 1e-4, 2000, 0.05, 63, "cosine"),
-    "blip2/blip2_7b_stage2": ("connector", 1920, 1e-4, 2000, 0.05, 65, "cosine"),
+    "blip2/blip2_stage1": ("vision connector text", 1680, 1e-4, 2000, 0.05, 63, "cosine"),
+    "blip2/blip2_7b_stage2": ("vision connector", 1920, 1e-4, 2000, 0.05, 65, "cosine"),
     "minigpt4/minigpt4_7b_stage1": ("connector", 256, 1e-4, 5000, 0.05, 256, "cosine"),
     "minigpt4/minigpt4_7b_stage2": ("connector", 12, 3e-5, 200, 0.05, 256, "cosine"),
     "mplug_owl/mplug_owl_7b_stage1": ("vision connector", 1024, 1e-4, 2000, 0.1, 2048, "cosine"),
@@ -206,6 +206,7 @@ def test_stages_are_those_of_the_papers(name: str) -> None:
         ("minigpt4/minigpt4_7b_stage2", 3.15),
         ("vpgtrans/vpgtrans_7b_warmup", 3.15),
         ("vpgtrans/vpgtrans_7b_finetune", 108.31),
+        ("blip2/blip2_7b_stage2", 108.31),  # and the encoder's last LayerNorm, 2,816
     ],
 )
 def test_modules_that_train_alone(name: str, millions: float) -> None:

@@ -61,6 +61,8 @@ run_step() {
     [ -z "$asked_by" ] || return 0
     shift 3
     local options=(--nodes="$num_nodes" --ntasks=$((num_nodes * ranks)) --ntasks-per-node="$ranks" --distribution=block)
+    # without it srun waits for ever for ranks whose node has gone and come back meanwhile
+    options+=(--wait="$END_SECONDS")
     while [ "$1" != -- ]; do options+=("$1") && shift; done
     shift
     cpus=$((${SLURM_CPUS_ON_NODE:-$ranks} / ranks))

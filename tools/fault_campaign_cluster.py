@@ -46,6 +46,7 @@ class Cluster:
             "OMP_NUM_THREADS": "1",
             "PREFLIGHT_SECONDS": "300",  # the machine may have other work
             "RANKS_PER_NODE": "1",
+            "END_SECONDS": "20",
         }
 
     def __enter__(self) -> "Cluster":

@@ -252,6 +252,17 @@ def test_crashes_are_forgiven_up_to_a_limit(
     assert f"{forgiven + 1} crashes, and MAX_RESTARTS={forgiven}: giving up after step 0 of 3" in job.output
 
 
+def test_a_rank_that_slurm_has_lost_is_not_waited_for(cluster: Cluster, stand_in: str, tmp_path: Path) -> None:  # noqa: F811
+    """Its node is gone and back before SLURM notices: nobody will ever say that it has ended."""
+    training = ENDS_AT_SECOND_ATTEMPT + '[ "$RANK" = 0 ] && sleep 2 && exit 75; kill -9 $PPID; kill -9 $$'
+    job = cluster.sbatch(
+        tmp_path, SCRIPT, PYTHON=stand_in, TRAINING=training, RANKS_PER_NODE="1", END_SECONDS="3", MAX_RESTARTS="1"
+    )
+    assert job.wait(120) == "COMPLETED", job.output
+    assert attempts(tmp_path / "run", job.number) == ["started", "crashed", "started", "done"]
+    assert "Timed out waiting for job step to complete" in job.output
+
+
 LAYOUTS = [
     ((), {}, 2, 2),  # two pretended GPUs on each node
     (("--nodes=1",), {}, 1, 2),

@@ -30,7 +30,7 @@ from megavlm.planning.parameters import count_recipe_parameters
 
 FOLDER = Path(__file__).parents[3] / "examples" / "comparisons"
 sys.path.insert(0, str(FOLDER))  # as Python does where the script is run
-build_data = importlib.import_module("build_data")
+build_comparisons = importlib.import_module("build_comparisons")
 pictures = importlib.import_module("pictures")
 soup = importlib.import_module("soup")
 take_parts = importlib.import_module("take_parts")
@@ -38,7 +38,7 @@ sys.path.remove(str(FOLDER))
 
 FILES = {path: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.yaml"))}
 COMPARISONS = [path for path, tree in FILES.items() if "variants" in tree]
-SMALL = build_data.Settings(num_single=2, num_page=3, num_strip=6, num_series=9, num_held_out=4, num_names=3)
+SMALL = build_comparisons.Settings(num_single=2, num_page=3, num_strip=6, num_series=9, num_held_out=4, num_names=3)
 EMOJI = [f"1f6{number:02x}" for number in range(40)]
 
 
@@ -64,8 +64,10 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     entries["de"][0]["label"] = "a name of far too many letters"
     contents = {
-        build_data.PICTURES.name: {f"package/assets/{code}-fe0f.webp": stream.getvalue() for code in EMOJI},
-        build_data.LABELS.name: {f"package/{name}/data.json": json.dumps(e).encode() for name, e in entries.items()},
+        build_comparisons.PICTURES.name: {f"package/assets/{code}-fe0f.webp": stream.getvalue() for code in EMOJI},
+        build_comparisons.LABELS.name: {
+            f"package/{name}/data.json": json.dumps(e).encode() for name, e in entries.items()
+        },
     }
     paths = {}
     for name, files in contents.items():
@@ -80,11 +82,11 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def data(packages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What build_data makes of them."""
+    """What build_comparisons makes of them."""
     folder = tmp_path_factory.mktemp("data") / "comparisons"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_data, "download", lambda package, _: packages[package.name])
-        build_data.build(SMALL, folder)
+        patch.setattr(build_comparisons, "download", lambda package, _: packages[package.name])
+        build_comparisons.build(SMALL, folder)
         yield folder
 
 
@@ -179,21 +181,23 @@ def test_a_series_tells_what_its_letters_mean(data: Path) -> None:
 
 def test_the_same_settings_give_the_same_files(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again = data.with_name("again")
-    build_data.build(SMALL, again)
+    build_comparisons.build(SMALL, again)
     files = sorted(path.relative_to(data) for path in data.rglob("*") if path.is_file())
     assert len(files) > 60
     assert [(again / file).read_bytes() == (data / file).read_bytes() for file in files] == [True] * len(files)
     capsys.readouterr()
-    build_data.build(SMALL, again)
+    build_comparisons.build(SMALL, again)
     assert "already built" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"out=.*again: exists with other settings\. Choose another"):
-        build_data.build(build_data.Settings(), again)
+        build_comparisons.build(build_comparisons.Settings(), again)
     shutil.rmtree(again)
 
 
 def test_digits_stand_in_their_cells() -> None:
     rng = numpy.random.default_rng(0)
-    drawn = numpy.asarray(pictures.draw_digits("12345", 3, (30, 20), build_data.Scans(held_out=True), rng), numpy.int64)
+    drawn = numpy.asarray(
+        pictures.draw_digits("12345", 3, (30, 20), build_comparisons.Scans(held_out=True), rng), numpy.int64
+    )
     assert drawn.shape == (40, 90)
     cells = drawn.reshape(2, 20, 3, 30).swapaxes(1, 2).reshape(6, -1)
     depth = cells.max(axis=1) - cells.min(axis=1)

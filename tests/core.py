@@ -108,6 +108,7 @@ LEFT_OUT = (
     "tests/e2e/test_deepspeed_run.py::test_run_is_trained_evaluated_and_gone_on_with",
     "tests/e2e/test_documents.py::test_make_moe_in_small",
     "tests/e2e/test_faults.py::test_a_signal_to_everybody_is_survived_with_workers_and_writers",
+    "tests/e2e/test_inspect.py::*",  # a busy machine can keep a browser from seeing the pointer
     "tests/e2e/test_real_weights.py::*",
     "tests/e2e/test_router_run.py::*",
     "tests/e2e/test_slurm.py::test_stopped_and_killed_it_goes_on_with_the_same_curve",

@@ -151,6 +151,7 @@ class Job:
         self.cluster = cluster
         self.number = number
         self.cwd = cwd
+        self._known = ""
 
     @property
     def output(self) -> str:
@@ -159,8 +160,12 @@ class Job:
 
     def about(self, *names: str) -> list[str]:
         """Values of ``scontrol show job``, such as ``JobState``."""
-        text = self.cluster.run("scontrol", "show", "job", self.number, "--oneliner")
-        return [found[1] if (found := re.search(rf"\b{name}=(\S+)", text)) else "" for name in names]
+        try:
+            self._known = self.cluster.run("scontrol", "show", "job", self.number, "--oneliner")
+        except RuntimeError:
+            if not self._known:
+                raise  # else SLURM has forgotten it, as it does five minutes after its end
+        return [found[1] if (found := re.search(rf"\b{name}=(\S+)", self._known)) else "" for name in names]
 
     @property
     def state(self) -> str:

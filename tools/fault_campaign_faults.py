@@ -17,6 +17,11 @@ from fault_campaign_round import Round, freeze, thaw
 CHECKPOINT_BYTES = 7_700_000
 """Of the tiny recipe."""
 DISK_BYTES = 6 * CHECKPOINT_BYTES
+NO_SIGN = {
+    0: r"Rank 0 \(\S+\) has given no sign of life for \d+ s|store of the run, which rank 0 or its launcher keeps, is",
+    1: r"Rank 1 \(\S+\) has given no sign of life for \d+ s",
+}
+"""How the other rank says that one has stopped, by rank; rank 0 keeps the store."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def stop_rank(this: Round, kind: str) -> None:
     this.note_fault()
     send_all({victim: ranks[victim]}, signal.SIGSTOP)
     try:
-        said = this.expect_line(rf"Rank {victim} \(\S+\) has given no sign of life for \d+ s")
+        said = this.expect_line(NO_SIGN[victim])
         this.expect_line(r"crash 1, of which MAX_RESTARTS=3 are forgiven")
         this.outcome.said = said
     finally:

@@ -82,13 +82,18 @@ def said(sample: WebElement) -> str:
 
 
 def point_at(browser: webdriver.Chrome, element: WebElement, sample: WebElement, words: str) -> None:
-    """Move the pointer there until the sample says so: a busy browser hears of it late."""
+    """Move the pointer there until the sample says so: a busy browser hears of it late, and only in front of others."""
     deadline = time.monotonic() + 30.0
     while True:
+        browser.execute_cdp_cmd("Page.bringToFront", {})
         ActionChains(browser).move_to_element_with_offset(element, 1, 0).move_to_element(element).perform()
         if words in said(sample):
             return
-        assert time.monotonic() < deadline, f"{words!r} is not in {said(sample)!r}"
+        if time.monotonic() > deadline:
+            state = "return [document.visibilityState, document.hasFocus(), innerWidth, innerHeight, scrollY]"
+            place = "const one = arguments[0].getBoundingClientRect(); return [one.x, one.y, one.width, one.height]"
+            found = browser.execute_script(state), browser.execute_script(place, element), browser.window_handles
+            raise AssertionError(f"{words!r} is not in {said(sample)!r}: {found}")
         time.sleep(0.2)
 
 

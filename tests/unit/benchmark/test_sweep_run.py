@@ -97,7 +97,8 @@ def test_a_failed_row_is_a_row_and_the_next_one_begins(tmp_path: Path) -> None:
 def test_a_row_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "_GRACE_SECONDS", 0.5)
     # nobody ends when asked, and the inner one has a session of its own, as ranks of torchrun have
-    stubborn = "trap '' TERM\nsleep 300 &\nwait; wait\n"
+    # (bash itself would tell of its killed child)
+    stubborn = "exec 2>/dev/null\ntrap '' TERM\nsleep 300 &\nwait; wait\n"
     (tmp_path / "inner.sh").write_text(f"echo $$ >{tmp_path}/inner\n{stubborn}")
     (tmp_path / "outer.sh").write_text(f"setsid bash {tmp_path}/inner.sh &\n{stubborn}")
     script = f"exec bash {tmp_path}/outer.sh"

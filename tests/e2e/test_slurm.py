@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -250,6 +251,25 @@ def test_crashes_are_forgiven_up_to_a_limit(
     assert attempts(tmp_path / "run", job.number) == ["started", "crashed"] * (forgiven + 1)
     assert job.output.count(f"training ended with exit status {status}") == forgiven + 1
     assert f"{forgiven + 1} crashes, and MAX_RESTARTS={forgiven}: giving up after step 0 of 3" in job.output
+
+
+def test_a_job_on_a_full_disk_says_so_and_does_not_go_round(cluster: Cluster, stand_in: str, tmp_path: Path) -> None:  # noqa: F811
+    """An attempt that cannot be counted could be begun for ever."""
+    run = tmp_path / "run"
+    run.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(run)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode().strip()}")
+    try:
+        filling = tmp_path / "filling"
+        filling.write_text(f'{stand_in} "$@"; [ "$3" != record ] || cat /dev/zero >run/filler 2>/dev/null; exit 0\n')
+        job = cluster.sbatch(tmp_path, SCRIPT, PYTHON=f"{filling}", CONTAINER_COMMAND="bash")
+        assert job.wait(60) == "FAILED", job.output
+        assert f"{run}/jobs/{job.number}/attempts.txt: cannot be " in job.output
+        assert "Is the disk full? Make room, then submit again: it resumes." in job.output
+        assert job.about("Restarts") == "0"
+    finally:
+        subprocess.run(["umount", "-l", str(run)], check=True)
 
 
 def test_a_rank_that_slurm_has_lost_is_not_waited_for(cluster: Cluster, stand_in: str, tmp_path: Path) -> None:  # noqa: F811

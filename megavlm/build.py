@@ -12,8 +12,9 @@ from megavlm.data.tokenizers import Tokenizer
 from megavlm.engines import DeepSpeedEngineConfig, MegatronEngine, Stage, build_engine
 from megavlm.engines.fp8 import check_sides
 from megavlm.models.blip2 import QFormerTextConfig
+from megavlm.models.config import model_vocab_size
 from megavlm.models.products import product_sides
-from megavlm.models.vlm import VLM, model_vocab_size
+from megavlm.models.vlm import VLM
 from megavlm.recipe import Recipe
 from megavlm.runtime.layout import NothingSplit, check_parallel_config
 from megavlm.runtime.seed import set_seed

@@ -13,8 +13,8 @@ from megavlm.config import Config
 from megavlm.data import DataConfig, TokenizerConfig
 from megavlm.engines import AnyEngineConfig, OptimizerSettings
 from megavlm.models.blip2 import QFormerTextConfig
+from megavlm.models.config import VLMConfig
 from megavlm.models.part import Trainable
-from megavlm.models.vlm import VLMConfig
 
 Part = Literal["vision", "connector", "cross_attention", "language", "lora", "text"]
 """As ``megavlm.models.part.PARTS``."""

@@ -17,7 +17,8 @@ from megavlm.batch import Batch
 from megavlm.convert import internvl
 from megavlm.convert.weight_map import load_weights
 from megavlm.engines import MegatronEngine, MegatronEngineConfig, OptimizerSettings
-from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.models.config import VLMConfig
+from megavlm.models.vlm import VLM
 from megavlm.training.freeze import freeze_except
 
 OPTIMIZER = OptimizerSettings(lr=3e-4, weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.95, clip_grad=1.0)

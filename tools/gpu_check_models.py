@@ -14,7 +14,8 @@ from megavlm.data import Sample, collate
 from megavlm.data.collate import pack
 from megavlm.data.expansion import ImageSlot, ImageTokens, TokenRun, count_tokens, expand, route_tile
 from megavlm.engines import MegatronEngine, MegatronEngineConfig, OptimizerSettings
-from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.models.config import VLMConfig
+from megavlm.models.vlm import VLM
 from megavlm.planning.flops import count_flops
 from megavlm.runtime.process import process
 from megavlm.training.freeze import freeze_except

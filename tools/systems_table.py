@@ -14,8 +14,8 @@ from pathlib import Path
 import megavlm.runtime  # noqa: F401  settles the device before megatron.core is imported
 from megavlm.config import Config, load_recipe
 from megavlm.data.blend import BlendConfig
+from megavlm.models.config import VLMConfig
 from megavlm.models.vision.dual import DualConfig
-from megavlm.models.vlm import VLMConfig
 from megavlm.recipe import Recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -11,6 +11,7 @@ from megavlm.convert.recipe_of.language import DECODER_FIELDS, LLAMA3_ROPE
 from megavlm.convert.recipe_of.values import Tree
 from megavlm.convert.stock_class import CANNOT_CARRY, reasons_against
 from megavlm.convert.vision_config import vision_architecture, vision_config
+from megavlm.models.config import VLMConfig
 from megavlm.models.connectors.mlp import MLPConnectorConfig
 from megavlm.models.fusion.decoder_only import DecoderOnlyConfig
 from megavlm.models.language import LanguageConfig
@@ -18,7 +19,6 @@ from megavlm.models.vision.clip import ClipConfig
 from megavlm.models.vision.dinov2 import Dinov2Config
 from megavlm.models.vision.internvit import InternViTConfig
 from megavlm.models.vision.siglip import SiglipConfig
-from megavlm.models.vlm import VLMConfig
 from megavlm.runtime.log import LOGGER
 
 _TORCH_LAYERNORM_EPSILON = 1e-5

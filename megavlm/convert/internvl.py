@@ -7,8 +7,8 @@ NVLM-D-72B shares.
 from megavlm.convert import internvit, llama
 from megavlm.convert.rules import Rule, under
 from megavlm.convert.weight_map import WeightMap
+from megavlm.models.config import VLMConfig
 from megavlm.models.vision.internvit import InternViTConfig
-from megavlm.models.vlm import VLMConfig
 
 _CONNECTOR = (
     Rule("layernorm.{leaf}", ("layer_norm.{leaf}",)),

@@ -6,10 +6,10 @@
 from megavlm.convert import clip, llama, siglip
 from megavlm.convert.rules import Rule, under
 from megavlm.convert.weight_map import WeightMap
+from megavlm.models.config import VLMConfig
 from megavlm.models.connectors.mlp import MLPConnectorConfig
 from megavlm.models.vision.clip import ClipConfig
 from megavlm.models.vision.siglip import SiglipConfig
-from megavlm.models.vlm import VLMConfig
 
 _CONNECTOR = (
     Rule("linear_fc1.{leaf}", ("linear_1.{leaf}",)),

@@ -15,8 +15,8 @@ from torch import Tensor
 from megavlm.convert import internvl
 from megavlm.convert.rules import Layout, PackedQKV, Rule
 from megavlm.convert.weight_map import WeightMap
+from megavlm.models.config import VLMConfig
 from megavlm.models.vision.dual import DualConfig
-from megavlm.models.vlm import VLMConfig
 
 NUM_DUMMY_HEADS = 7
 

@@ -8,11 +8,11 @@ from megavlm.convert.recipe_of.dinov2 import dinov2_tree
 from megavlm.convert.recipe_of.language import DECODER_OF_TYPE, decoder_tree
 from megavlm.convert.recipe_of.values import Tree, refuse
 from megavlm.convert.recipe_of.vision import clip_tree, internvit_tree, siglip_tree
+from megavlm.models.config import VLMConfig
 from megavlm.models.connectors.mlp import MLPConnectorConfig
 from megavlm.models.fusion.cross_attention import CrossAttentionConfig
 from megavlm.models.fusion.hybrid import HybridConfig
 from megavlm.models.vision.dual import DualConfig
-from megavlm.models.vlm import VLMConfig
 
 _CONNECTOR_FIELDS = {
     "num_layers": "num_layers",

@@ -16,9 +16,9 @@ from torch import Tensor
 from megavlm.convert import clip, dinov2, internvit, llama, siglip
 from megavlm.convert.rules import Rule, under
 from megavlm.convert.weight_map import WeightMap
+from megavlm.models.config import VLMConfig
 from megavlm.models.language import LanguageConfig
 from megavlm.models.vision.dinov2 import Dinov2Config
-from megavlm.models.vlm import VLMConfig
 
 ARCHITECTURE = "MegaVLMForConditionalGeneration"
 MODEL_TYPE = "megavlm"

@@ -16,13 +16,14 @@ from megavlm.config import Config, load_recipe
 from megavlm.data.tokenizers import TokenizerConfig
 from megavlm.engines import MegatronEngineConfig
 from megavlm.models.backend import BACKENDS
+from megavlm.models.config import VLMConfig
 from megavlm.models.connectors import AnyConnectorConfig
 from megavlm.models.fusion import AnyFusionConfig
 from megavlm.models.fusion.decoder_only import DecoderOnlyConfig
 from megavlm.models.language import LanguageConfig, LanguageModel, decoder_layer_specs
 from megavlm.models.part import part_of
 from megavlm.models.vision import AnyVisionConfig
-from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.models.vlm import VLM
 from megavlm.recipe import Recipe
 from megavlm.runtime.fake_world import fake_world
 from megavlm.runtime.sharding import sharding_metadata

@@ -7,8 +7,8 @@ a condition on our model and the sentence that it proves; conditions that hold f
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megavlm.models.config import VLMConfig
 from megavlm.models.connectors.mlp import MLPConnectorConfig
-from megavlm.models.vlm import VLMConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from megavlm.doctor.machine import Machine
 from megavlm.doctor.package import CORES
 from megavlm.engines import MegatronEngineConfig
 from megavlm.engines.fp8 import chip_problem
-from megavlm.models.vlm import VLMConfig
+from megavlm.models.config import VLMConfig
 
 _USE_FUSED = "engine.backend=transformer_engine"
 

@@ -5,10 +5,10 @@ Embedding and output layer are left out: no kernel with such rules computes them
 
 from dataclasses import dataclass
 
+from megavlm.models.config import VLMConfig
 from megavlm.models.connectors import FeatureShape
 from megavlm.models.language import LanguageConfig
 from megavlm.models.vision.transformer import VisionTransformerConfig
-from megavlm.models.vlm import VLMConfig
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ hidden width. Under sequence parallelism, tensors between stages hold a tensor-p
 import contextlib
 import copy
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any
+from typing import Any
 
-import pydantic
 import torch
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.enums import ModelType
@@ -17,76 +16,14 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megavlm.batch import Batch
-from megavlm.config import Config
-from megavlm.models.backend import Backend, find_backend, settle_emulation, unemulated_settings
+from megavlm.models.backend import find_backend, settle_emulation
 from megavlm.models.blip2 import PairLosses, QFormerText, QFormerTextConfig
 from megavlm.models.cache import KeyValueCache
-from megavlm.models.connectors import AnyConnectorConfig
+from megavlm.models.config import VLMConfig, model_vocab_size
 from megavlm.models.connectors.qformer import QFormerConfig
-from megavlm.models.fusion import AnyFusionConfig, fill_placeholders, lay_out_context, sum_tags
-from megavlm.models.language import LanguageConfig, LanguageModel, decoder_layer_specs
-from megavlm.models.vision import AnyVisionConfig
-
-
-def _decoder_unless_said(given: Any) -> Any:
-    return {"kind": "decoder", **given} if isinstance(given, Mapping) else given
-
-
-AnyLanguageConfig = Annotated[
-    Annotated[LanguageConfig | QFormerTextConfig, pydantic.Field(discriminator="kind")],
-    pydantic.BeforeValidator(_decoder_unless_said),
-]
-
-_FP8_PARTS = ("vision", "connector", "language", "cross_attention", "experts")
-
-
-class VLMConfig(Config):
-    """A model, as data."""
-
-    vision: AnyVisionConfig
-    connector: AnyConnectorConfig
-    fusion: AnyFusionConfig
-    language: AnyLanguageConfig
-
-    @property
-    def decoder(self) -> LanguageConfig:
-        """The language model, for what only a decoder can do.
-
-        Raises:
-            ValueError: the model has none, but the text side of a Q-Former.
-        """
-        if isinstance(self.language, QFormerTextConfig):
-            raise ValueError(
-                f"model.language.kind={self.language.kind!r}: BLIP-2's first stage has no language model, and this "
-                "needs one. Use the run of its second stage."
-            )
-        return self.language
-
-    @property
-    def learns_from_pairs(self) -> bool:
-        """Whether each row is an image and its caption (BLIP-2's first stage)."""
-        return isinstance(self.language, QFormerTextConfig)
-
-    @property
-    def tokens_per_tile(self) -> int:
-        """Tokens that one tile becomes."""
-        return self.connector.tokens_per_tile(self.vision.num_patches)
-
-    @property
-    def cross_attention_layers(self) -> tuple[int, ...]:
-        """Indices of the decoder layers that have cross-attention."""
-        return () if self.learns_from_pairs else self.fusion.cross_attention_layers(self.decoder.num_layers)
-
-    @pydantic.model_validator(mode="after")
-    def _layers_fit(self) -> "VLMConfig":
-        _ = self.cross_attention_layers  # raises
-        if self.learns_from_pairs and (self.connector.kind, self.fusion.kind) != ("qformer", "decoder_only"):
-            raise ValueError(
-                f"model.language.kind={self.language.kind!r}: is the text side of a Q-Former, and the model has "
-                f"connector.kind={self.connector.kind!r} and fusion.kind={self.fusion.kind!r}. Set them to qformer and "
-                "decoder_only."
-            )
-        return self
+from megavlm.models.fusion import fill_placeholders, lay_out_context, sum_tags
+from megavlm.models.language import LanguageModel, decoder_layer_specs
+from megavlm.models.part_precision import part_precision
 
 
 class VLM(MegatronModule):
@@ -128,7 +65,7 @@ class VLM(MegatronModule):
         Raises:
             ValueError: the tokenizer has more tokens than the model's vocabulary, or the backend is not installed.
         """
-        settings_of, layers_of = _part_precision(megatron_settings, backend, bf16_parts)
+        settings_of, layers_of = part_precision(megatron_settings, backend, bf16_parts)
         if isinstance(config.language, QFormerTextConfig):
             assert isinstance(config.connector, QFormerConfig)
             transformer_config = config.language.transformer_config(settings_of["connector"], config.connector)
@@ -360,45 +297,6 @@ class VLM(MegatronModule):
     @staticmethod
     def _trains(*parts: torch.nn.Module) -> bool:
         return any(parameter.requires_grad for part in parts for parameter in part.parameters())
-
-
-def _part_precision(
-    megatron_settings: Mapping[str, Any], backend: str, bf16_parts: Collection[str]
-) -> tuple[dict[str, dict[str, Any]], dict[str, Backend]]:
-    """The settings of the parts with a config of their own, and the layers of all parts."""
-    layers = find_backend(backend)
-    if layers.emulating is not None and megatron_settings.get("fp8") is not None:
-        emulating = layers.emulating(megatron_settings)
-        plain = unemulated_settings(megatron_settings, has_experts="experts" not in bf16_parts)
-        return (
-            {part: dict(plain) for part in ("vision", "connector", "language")},
-            {part: layers if part in bf16_parts else emulating for part in _FP8_PARTS},
-        )
-    in_bf16 = {"fp8": None, "first_last_layers_bf16": False}
-    settings = {
-        part: {**megatron_settings, **(in_bf16 if part in bf16_parts else {})}
-        for part in ("vision", "connector", "language")
-    }
-    settings["connector"]["first_last_layers_bf16"] = False  # it is no stack of layers
-    # a part with a config of its own is told by that
-    inside = {part: layers.unquantized if part in bf16_parts else layers for part in ("cross_attention", "experts")}
-    return settings, dict.fromkeys(_FP8_PARTS, layers) | inside
-
-
-def model_vocab_size(config: LanguageConfig | QFormerTextConfig, tokenizer_vocab_size: int) -> int:
-    """Tokens that a model for this tokenizer has.
-
-    Raises:
-        ValueError: the tokenizer has more tokens than the recipe's vocabulary.
-    """
-    if config.vocab_size is None:
-        return tokenizer_vocab_size
-    if config.vocab_size < tokenizer_vocab_size:
-        raise ValueError(
-            f"model.language.vocab_size={config.vocab_size}: the tokenizer has {tokenizer_vocab_size} tokens (image "
-            "token included). Raise vocab_size, or leave it out to take the tokenizer's."
-        )
-    return config.vocab_size
 
 
 def packed_attention_mask(batch: Batch) -> Tensor:

@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 
 from megavlm.batch import Batch
 from megavlm.models.blip2 import QFormerTextConfig
+from megavlm.models.config import VLMConfig, model_vocab_size
 from megavlm.models.connectors import AnyConnectorConfig, FeatureShape
 from megavlm.models.connectors.qformer import QFormerConfig
 from megavlm.models.language import LanguageConfig
 from megavlm.models.moe import MoEConfig
 from megavlm.models.part import PARTS
 from megavlm.models.vision.transformer import VisionTransformerConfig
-from megavlm.models.vlm import VLMConfig, model_vocab_size
 from megavlm.planning.experts import expert_width
 from megavlm.planning.pair_flops import walk_pairs
 

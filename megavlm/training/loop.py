@@ -17,9 +17,9 @@ from megavlm.data import LaneProgress, Loader, PackedLoader, Progress
 from megavlm.engines import MegatronEngine, StepResult
 from megavlm.engines.feed import Feed, is_reader
 from megavlm.engines.lockstep import check_lockstep
+from megavlm.models.config import VLMConfig
 from megavlm.models.initialization import initialize_weights
 from megavlm.models.part import PARTS, part_of
-from megavlm.models.vlm import VLMConfig
 from megavlm.models.weights import count_parameters
 from megavlm.recipe import Recipe
 from megavlm.runtime.activity import ACTIVITY, Phase

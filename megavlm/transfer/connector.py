@@ -10,11 +10,11 @@ from collections.abc import Collection
 from torch import Tensor
 
 from megavlm.convert.parts import ModelParts, weight_shapes
+from megavlm.models.config import VLMConfig
 from megavlm.models.connectors import AnyConnectorConfig
 from megavlm.models.connectors.mlp import MLPConnectorConfig
 from megavlm.models.connectors.shared_mlp import SharedMLPConnectorConfig
 from megavlm.models.language import LanguageConfig
-from megavlm.models.vlm import VLMConfig
 from megavlm.transfer.converter import Converter
 
 _PREFIX = "connector."

@@ -13,7 +13,7 @@ from megavlm.convert.own_checkpoint import OwnCheckpoint, open_checkpoint
 from megavlm.convert.parts import EMBEDDING, MODEL_NAME, ModelFile, ModelParts, weight_shapes
 from megavlm.convert.staging import progress_bar, staged
 from megavlm.data.tokenizers import Tokenizer
-from megavlm.models.vlm import VLMConfig, model_vocab_size
+from megavlm.models.config import VLMConfig, model_vocab_size
 from megavlm.runtime.log import LOGGER
 from megavlm.transfer.connector import convert_tensor, has_bias, output_keys, with_inner_width
 from megavlm.transfer.converter import Converter, ConverterSettings, Fit, fit_converter

@@ -22,8 +22,9 @@ from megavlm.checkpoint import load_checkpoint, save_checkpoint
 from megavlm.engines import MegatronEngine, MegatronEngineConfig, OptimizerSettings
 from megavlm.models.backend import BACKENDS, Norm, SDPACoreAttention
 from megavlm.models.backend.transformer_engine import Wraps, build_backend
+from megavlm.models.config import VLMConfig
 from megavlm.models.initialization import initialize_weights
-from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.models.vlm import VLM
 from megavlm.runtime.seed import set_seed
 
 EXPERTS = {**TINY, "language": {**TINY["language"], "moe": {"num_moe_experts": 4, "moe_layer_freq": 2}}}

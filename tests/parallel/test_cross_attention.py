@@ -26,7 +26,7 @@ from megavlm.batch import Batch
 from megavlm.checkpoint import load_checkpoint, save_checkpoint
 from megavlm.data.collate import pack
 from megavlm.engines import OptimizerSettings
-from megavlm.models.vlm import VLMConfig
+from megavlm.models.config import VLMConfig
 
 MODELS = {"X": X, "H": H, "H_adding": ADDING_H}
 TP2_SP_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}

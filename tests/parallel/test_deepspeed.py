@@ -16,8 +16,9 @@ from tiny_vlm import ALL_PARTS, IMAGE_TOKEN_ID, TINY, VOCAB_SIZE, H, X, mixed_ba
 from megavlm.checkpoint import load_checkpoint, save_checkpoint, verify
 from megavlm.checkpoint.weights import CheckpointWeights
 from megavlm.engines import AnyEngineConfig, MegatronEngine, OptimizerSettings, build_engine
+from megavlm.models.config import VLMConfig
 from megavlm.models.initialization import initialize_weights
-from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.models.vlm import VLM
 from megavlm.runtime.seed import set_seed
 from megavlm.training.freeze import freeze_except
 

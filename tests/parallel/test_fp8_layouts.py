@@ -26,8 +26,9 @@ from megavlm.checkpoint import load_checkpoint, save_checkpoint
 from megavlm.engines import MegatronEngine, MegatronEngineConfig, OptimizerSettings
 from megavlm.engines.fp8 import Fp8Config
 from megavlm.models.backend.fp8_emulation import Fp8Linear
+from megavlm.models.config import VLMConfig
 from megavlm.models.initialization import initialize_weights
-from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.models.vlm import VLM
 from megavlm.runtime.seed import set_seed
 
 # blocks of 32 that no rank's share cuts

@@ -13,7 +13,7 @@ from megavlm.data import Sample
 from megavlm.engines import MegatronEngineConfig
 from megavlm.inference.generate import _Cached, _Whole, generate
 from megavlm.inference.sampling import Sampling
-from megavlm.models.vlm import VLMConfig
+from megavlm.models.config import VLMConfig
 
 MODELS = {"D": TINY, "X": X, "H": H, "H_adding": ADDING_H}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -12,9 +12,10 @@ from megavlm.batch import ALL_AMONG_TOKENS, Batch, TileRoute
 from megavlm.data import Sample, collate
 from megavlm.data.expansion import ImageSlot, ImageTokens, TokenRun, count_tokens, expand, route_tile
 from megavlm.engines import MegatronEngine, MegatronEngineConfig, OptimizerSettings
+from megavlm.models.config import VLMConfig
 from megavlm.models.initialization import initialize_weights
 from megavlm.models.part import Trainable
-from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.models.vlm import VLM
 from megavlm.runtime.seed import set_seed
 from megavlm.runtime.sharding import sharding_metadata
 from megavlm.training.freeze import freeze_except

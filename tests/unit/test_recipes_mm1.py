@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from megavlm.config import load_recipe
-from megavlm.models.vlm import VLMConfig
+from megavlm.models.config import VLMConfig
 from megavlm.planning.experts import count_experts
 from megavlm.planning.memory import count_memory
 from megavlm.planning.parameters import count_recipe_parameters

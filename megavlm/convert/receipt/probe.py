@@ -13,9 +13,9 @@ from megavlm.data.expansion import Expansion, ImageSlot, TokenRun, expand, route
 from megavlm.data.image import load_image
 from megavlm.data.tilings.layout import TileLayout, cut_tiles
 from megavlm.data.tokenizers import HuggingFaceTokenizerConfig, SentencePieceTokenizerConfig, Tokenizer
+from megavlm.models.config import VLMConfig
 from megavlm.models.vision import AnyVisionConfig
 from megavlm.models.vision.dual import DualConfig
-from megavlm.models.vlm import VLMConfig
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog near the river bank.",

@@ -12,8 +12,9 @@ from tiny_vlm import IMAGE_TOKEN_ID, TINY, VOCAB_SIZE, make_batch
 
 from megavlm.benchmark.experts import DISPATCH, PHASES, time_experts
 from megavlm.engines import MegatronEngineConfig
+from megavlm.models.config import VLMConfig
 from megavlm.models.initialization import initialize_weights
-from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.models.vlm import VLM
 from megavlm.runtime import process
 
 MOE = {"num_moe_experts": 4, "moe_layer_freq": 2, "moe_ffn_hidden_size": 48}

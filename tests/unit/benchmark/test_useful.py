@@ -12,7 +12,7 @@ from tiny_vlm import TINY, VOCAB_SIZE, H, X, make_routed_batch
 from megavlm.batch import Batch
 from megavlm.benchmark.useful import COUNTED, count_batch
 from megavlm.config import load_recipe, validate
-from megavlm.models.vlm import VLMConfig
+from megavlm.models.config import VLMConfig
 from megavlm.planning.flops import count_flops
 from megavlm.recipe import Recipe
 

@@ -17,7 +17,7 @@ from megavlm.checkpoint import save_checkpoint
 from megavlm.data import Sample
 from megavlm.engines import MegatronEngineConfig
 from megavlm.inference.generate import generate
-from megavlm.models.vlm import VLMConfig
+from megavlm.models.config import VLMConfig
 
 CLIP = {"kind": "clip", "image_size": 28, "patch_size": 7, "num_layers": 3, "select_layer": -2, "hidden_size": 32}
 CLIP |= {"ffn_hidden_size": 48, "num_attention_heads": 4, "init_method_std": 0.2}

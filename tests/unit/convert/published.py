@@ -19,13 +19,13 @@ from transformers import (
 
 from megavlm.convert import internvl, llama, llava, qwen2
 from megavlm.convert.weight_map import WeightMap
+from megavlm.models.config import VLMConfig
 from megavlm.models.connectors.mlp import MLPConnectorConfig
 from megavlm.models.fusion.decoder_only import DecoderOnlyConfig
 from megavlm.models.language import LanguageConfig
 from megavlm.models.vision.clip import ClipConfig
 from megavlm.models.vision.internvit import InternViTConfig
 from megavlm.models.vision.siglip import SiglipConfig
-from megavlm.models.vlm import VLMConfig
 
 VOCAB_SIZE = 50
 IMAGE_TOKEN = 49

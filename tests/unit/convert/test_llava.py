@@ -27,8 +27,9 @@ from megavlm.convert.receipt import make_receipt
 from megavlm.convert.recipe_of import llava as recipe_of_llava
 from megavlm.convert.recipe_of.llava import llava_tree, original_llava_tree
 from megavlm.engines import MegatronEngine, MegatronEngineConfig
+from megavlm.models.config import VLMConfig
 from megavlm.models.initialization import initialize_weights
-from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.models.vlm import VLM
 
 LLAVA_1_5_7B: dict[str, Any] = {  # llava-hf/llava-1.5-7b-hf, what its config.json says of the model
     "architectures": ["LlavaForConditionalGeneration"],

@@ -25,8 +25,9 @@ from megavlm.convert.mixtral import weight_map
 from megavlm.convert.parts import ModelFile, ModelParts
 from megavlm.convert.receipt import make_receipt
 from megavlm.engines import MegatronEngine, MegatronEngineConfig
+from megavlm.models.config import VLMConfig
 from megavlm.models.language import LanguageConfig
-from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.models.vlm import VLM
 from megavlm.runtime.seed import set_seed
 
 VOCAB_SIZE, ROWS, LENGTH, EXPERTS = 50, 2, 12, 4

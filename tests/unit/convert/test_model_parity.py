@@ -13,8 +13,9 @@ from torch import Tensor
 from megavlm.batch import Batch
 from megavlm.convert.weight_map import WeightMap, load_weights, to_theirs
 from megavlm.models.backend import BACKENDS
+from megavlm.models.config import VLMConfig
 from megavlm.models.language import LanguageConfig, LanguageModel, decoder_layer_specs
-from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.models.vlm import VLM
 
 ROWS, LENGTH = 2, 12
 Result = tuple[Tensor, dict[str, Tensor]]

@@ -33,8 +33,8 @@ from megavlm.convert.parts import ModelParts, weight_shapes
 from megavlm.convert.receipt import make_receipt
 from megavlm.convert.stock_class import CANNOT_CARRY, reasons_against
 from megavlm.convert.weight_map import to_theirs
+from megavlm.models.config import VLMConfig
 from megavlm.models.connectors import CONNECTORS
-from megavlm.models.vlm import VLMConfig
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor_model_parallel_size": 2},

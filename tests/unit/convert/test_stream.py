@@ -32,8 +32,9 @@ from megavlm.convert.folder import convert_folder
 from megavlm.convert.parts import ModelFile, ModelParts
 from megavlm.convert.weight_map import to_ours
 from megavlm.engines import MegatronEngine, MegatronEngineConfig
+from megavlm.models.config import VLMConfig
 from megavlm.models.initialization import initialize_weights
-from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.models.vlm import VLM
 
 LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}
 

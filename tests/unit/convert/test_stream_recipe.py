@@ -19,7 +19,7 @@ from megavlm.convert.folder import convert_folder
 from megavlm.convert.from_hf import import_folder
 from megavlm.convert.parts import ModelFile, ModelParts
 from megavlm.convert.recipe_of.whole import nvlm_d_tree
-from megavlm.models.vlm import VLMConfig
+from megavlm.models.config import VLMConfig
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 EMBEDDING = "language.embedding.word_embeddings.weight"

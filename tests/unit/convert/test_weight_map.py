@@ -26,10 +26,11 @@ from transformers import CLIPConfig, CLIPModel
 from megavlm.convert import clip, internvit, internvl, llama, qwen2
 from megavlm.convert.weight_map import WeightMap, load_weights, to_ours, to_theirs
 from megavlm.models.backend import BACKENDS
+from megavlm.models.config import VLMConfig
 from megavlm.models.language import LanguageConfig, LanguageModel, decoder_layer_specs
 from megavlm.models.vision.clip import ClipConfig
 from megavlm.models.vision.internvit import InternViTConfig
-from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.models.vlm import VLM
 
 
 def weights_of(published: Published) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from megavlm.config import validate
 from megavlm.convert.parts import ModelFile, ModelParts, read_model, weight_shapes
 from megavlm.data import BlendConfig
 from megavlm.data.datasets import JsonlDatasetConfig
-from megavlm.models.vlm import VLMConfig
+from megavlm.models.config import VLMConfig
 from megavlm.planning.parameters import count_recipe_parameters
 
 FOLDER = Path(__file__).parents[3] / "examples" / "comparisons"

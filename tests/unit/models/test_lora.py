@@ -10,11 +10,12 @@ from tiny_vlm import IMAGE_TOKEN_ID, TINY, VOCAB_SIZE, X, make_batch
 from torch import Tensor
 
 from megavlm.engines import MegatronEngineConfig
+from megavlm.models.config import VLMConfig
 from megavlm.models.initialization import initialize_weights
 from megavlm.models.language import LanguageConfig
 from megavlm.models.lora import PROJECTIONS, FusedRows, LoraConfig, LoraLinear, merge_lora
 from megavlm.models.part import part_of
-from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.models.vlm import VLM
 from megavlm.models.weights import count_parameters
 from megavlm.runtime import process
 

@@ -8,10 +8,11 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from megavlm.engines import MegatronEngineConfig
+from megavlm.models.config import VLMConfig
 from megavlm.models.connectors import CONNECTORS
 from megavlm.models.moe.experts import GroupedExperts
 from megavlm.models.products import product_sides
-from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.models.vlm import VLM
 from megavlm.runtime.fake_world import fake_world
 
 VISION = {

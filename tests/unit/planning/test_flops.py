@@ -20,12 +20,13 @@ from megavlm.batch import Batch, TileRoute
 from megavlm.config import load_recipe
 from megavlm.engines import MegatronEngineConfig
 from megavlm.models import fusion
+from megavlm.models.config import VLMConfig
 from megavlm.models.cross_attention import CrossAttention
 from megavlm.models.initialization import initialize_weights
 from megavlm.models.moe import Router
 from megavlm.models.moe.health import RouterObserver
 from megavlm.models.part import PARTS, part_of
-from megavlm.models.vlm import VLM, VLMConfig
+from megavlm.models.vlm import VLM
 from megavlm.planning.experts import count_experts
 from megavlm.planning.flops import Flops, count_flops
 from megavlm.planning.parameters import count_recipe_parameters

@@ -11,8 +11,8 @@ from megavlm.config import load_recipe
 from megavlm.convert.parts import ModelParts
 from megavlm.data import DataConfig, SampleError, SampleProcessor
 from megavlm.data.datasets import JsonlDatasetConfig
+from megavlm.models.config import VLMConfig
 from megavlm.models.part import part_of
-from megavlm.models.vlm import VLMConfig
 from megavlm.planning.flops import count_flops
 from megavlm.planning.row import full_row
 from megavlm.recipe import Recipe

@@ -10,12 +10,12 @@ from megatron.core import parallel_state
 from tiny_vlm import TINY
 
 from megavlm.models.backend import BACKENDS
+from megavlm.models.config import VLMConfig
 from megavlm.models.initialization import initialize_weights
 from megavlm.models.products import product_sides
 from megavlm.models.vision import VISION_ENCODERS, AnyVisionConfig
 from megavlm.models.vision.dual import DualConfig, DualEncoder
 from megavlm.models.vision.single import SINGLE_ENCODERS
-from megavlm.models.vlm import VLMConfig
 from megavlm.runtime import process
 
 SETTINGS: dict[str, Any] = {

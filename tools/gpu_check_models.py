@@ -12,7 +12,8 @@ import torch
 from megavlm.batch import Batch, TileRoute
 from megavlm.data import Sample, collate
 from megavlm.data.collate import pack
-from megavlm.data.expansion import ImageSlot, ImageTokens, TokenRun, count_tokens, expand, route_tile
+from megavlm.data.encoding import ImageSlot, TokenRun
+from megavlm.data.expansion import ImageTokens, count_tokens, expand, route_tile
 from megavlm.engines import MegatronEngine, MegatronEngineConfig, OptimizerSettings
 from megavlm.models.config import VLMConfig
 from megavlm.models.vlm import VLM
@@ -144,19 +145,8 @@ def _sample(size: Size, config: VLMConfig, generator: torch.Generator) -> Sample
     expansion = expand(runs, images, size.vocab_size - 1, route.text_sees)
     assert count_tokens(runs, images) == expansion.tokens.numel()
     shape = (size.num_tiles, 3, size.image_size, size.image_size)
-    return Sample(
-        key="made up",
-        tokens=expansion.tokens,
-        labels=expansion.labels,
-        loss_mask=expansion.loss_mask,
-        visible_tiles=expansion.visible_tiles,
-        tile_spans=expansion.tile_spans,
-        tile_context=expansion.tile_context,
-        tile_tags=expansion.tile_tags,
-        tiles=torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8),
-        tiles_per_image=torch.tensor([size.num_tiles]),
-        tokens_per_image=expansion.tokens_per_image,
-    )
+    tiles = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return expansion.with_tiles("made up", tiles, [size.num_tiles])
 
 
 def build(

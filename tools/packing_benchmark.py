@@ -26,7 +26,8 @@ from benchmark_worker import Worker, answer_all, describe_machine, time_steps
 
 from megavlm.batch import Batch
 from megavlm.data import Sample, pack
-from megavlm.data.expansion import ImageSlot, ImageTokens, TileTokens, TokenRun, expand
+from megavlm.data.encoding import ImageSlot, TokenRun
+from megavlm.data.expansion import ImageTokens, TileTokens, expand
 from megavlm.data.packing import Candidate, PackingConfig, RowPacker
 from megavlm.runtime import process
 
@@ -95,19 +96,8 @@ def make_sample(size: Size, generator: torch.Generator) -> Sample:
     runs = [ImageSlot(), text] if has_image else [text]
     expansion = expand(runs, [ImageTokens((tile,))] if has_image else [], size.image_token)
     shape = (int(has_image), 3, size.image_size, size.image_size)
-    return Sample(
-        key="made",
-        tokens=expansion.tokens,
-        labels=expansion.labels,
-        loss_mask=expansion.loss_mask,
-        visible_tiles=expansion.visible_tiles,
-        tile_spans=expansion.tile_spans,
-        tile_context=expansion.tile_context,
-        tile_tags=expansion.tile_tags,
-        tiles=torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8),
-        tiles_per_image=torch.ones(int(has_image), dtype=torch.int64),
-        tokens_per_image=expansion.tokens_per_image,
-    )
+    tiles = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return expansion.with_tiles("made", tiles, [1] * int(has_image))
 
 
 def pack_rows(samples: Sequence[Sample], capacity: int) -> list[list[Sample]]:

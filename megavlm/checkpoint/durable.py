@@ -26,6 +26,20 @@ def replace_file(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+def whole_lines(path: Path) -> list[bytes]:
+    """Read a file that was appended to line by line; a last one that its writer did not finish is cut off there, too.
+
+    Returns:
+        The lines with their ends; none if there is no such file.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+        with path.open("r+b") as file:
+            file.truncate(sum(map(len, lines)))
+    return lines
+
+
 def copy_file(source: Path, path: Path) -> None:
     """Copy a file's bytes, and wait until they are on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@ from megavlm.data.balance import BalancingConfig
 from megavlm.data.blend import BlendConfig
 from megavlm.data.chat_template import CHAT_TEMPLATES
 from megavlm.data.datasets import DatasetConfig
-from megavlm.data.expansion import ImageWrapper, LossWeighting
+from megavlm.data.encoding import ImageWrapper
+from megavlm.data.expansion import LossWeighting
 from megavlm.data.fitting import OverLengthPolicy
 from megavlm.data.image import DEFAULT_MAX_PIXELS, LARGEST_MAX_PIXELS
 from megavlm.data.packing import PackingConfig

@@ -12,7 +12,8 @@ from typing import Literal
 
 from megavlm.data.chat_template import Segment
 from megavlm.data.conversation import ImageRef
-from megavlm.data.expansion import ImageSlot, ImageTokens, TokenRun, count_tokens
+from megavlm.data.encoding import ImageSlot, TokenRun
+from megavlm.data.expansion import ImageTokens, count_tokens
 from megavlm.data.tilings import TileLayout
 
 OverLengthPolicy = Literal["skip", "truncate_images", "truncate_text"]

@@ -10,7 +10,8 @@ from megavlm.batch import ALL_AMONG_TOKENS, SkippedSample, TileRoute
 from megavlm.data.chat_template import CHAT_TEMPLATES, Segment, Special, render, render_prompt
 from megavlm.data.config import DataConfig
 from megavlm.data.conversation import Conversation, ImageRef
-from megavlm.data.expansion import ImageTokens, encode_segments, expand, route_image, special_token_id
+from megavlm.data.encoding import encode_segments, special_token_id
+from megavlm.data.expansion import ImageTokens, expand, route_image
 from megavlm.data.fitting import Fitter, OverLengthError, OverLengthPolicy, PlannedImage, SamplePlan
 from megavlm.data.image import ImageError, load_image, read_image_size
 from megavlm.data.sample import Prompt, Sample, SampleError
@@ -148,18 +149,8 @@ class SampleProcessor:
             self.route.text_sees,
             self.config.loss_weighting,
         )
-        return Sample(
-            key=key,
-            tokens=expansion.tokens,
-            labels=expansion.labels,
-            loss_mask=expansion.loss_mask,
-            visible_tiles=expansion.visible_tiles,
-            tile_spans=expansion.tile_spans,
-            tile_context=expansion.tile_context,
-            tile_tags=expansion.tile_tags,
-            tiles=tiles,
-            tiles_per_image=torch.tensor([image.layout.num_tiles for image in plan.images], dtype=torch.int64),
-            tokens_per_image=expansion.tokens_per_image,
+        return replace(
+            expansion.with_tiles(key, tiles, [image.layout.num_tiles for image in plan.images]),
             num_degraded=sum(image.is_degraded for image in plan.images),
             num_dropped_images=plan.num_dropped_images,
             is_cut=plan.is_cut,

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from megavlm.checkpoint import durable
+
 SCORES_NAME = "scores.jsonl"
 
 
@@ -31,11 +33,7 @@ class ScoreFile:
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-            if lines and not lines[-1].endswith(b"\n"):
-                lines.pop()  # its writer was killed
-                with self.path.open("r+b") as file:
-                    file.truncate(sum(map(len, lines)))
+            lines = durable.whole_lines(self.path)
             found = self._parse(lines)
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:

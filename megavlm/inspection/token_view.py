@@ -6,7 +6,7 @@ from typing import Literal
 
 from megavlm.data import Conversation, ImageRef, SampleProcessor, Tokenizer
 from megavlm.data.chat_template import BOS, CHAT_TEMPLATES, EOS, Segment, Special
-from megavlm.data.expansion import IMAGE_WRAPPERS, TokenRun, special_token_id
+from megavlm.data.encoding import IMAGE_WRAPPERS, TokenRun, special_token_id
 from megavlm.inspection.view import SampleView
 
 Role = Literal["system", "user", "assistant", "document", "template"]

@@ -9,7 +9,7 @@ from megavlm.batch import SkippedSample
 from megavlm.data import Conversation, Sample, SampleError, SampleProcessor, Tokenizer
 from megavlm.data.blend import order_of, source_of
 from megavlm.data.datasets import Dataset
-from megavlm.data.expansion import ImageSlot
+from megavlm.data.encoding import ImageSlot
 from megavlm.data.fitting import SamplePlan
 from megavlm.data.tilings import Box, TileLayout
 

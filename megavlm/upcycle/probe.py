@@ -14,7 +14,8 @@ from torch import Tensor
 from megavlm.batch import ALL_AMONG_TOKENS, Batch, TileRoute
 from megavlm.convert.parts import ModelParts
 from megavlm.data import Sample, collate
-from megavlm.data.expansion import ImageSlot, ImageTokens, TokenRun, expand, route_tile
+from megavlm.data.encoding import ImageSlot, TokenRun
+from megavlm.data.expansion import ImageTokens, expand, route_tile
 from megavlm.engines import MegatronEngine, MegatronEngineConfig
 from megavlm.models.language import LanguageAlone
 from megavlm.models.vlm import VLM
@@ -133,16 +134,5 @@ def _sample(
     expansion = expand(runs, images, image_token_id, route.text_sees)
     tiles_per_image = [len(image.tiles) for image in images]
     shape = (sum(tiles_per_image), 3, tile_size, tile_size)
-    return Sample(
-        key="probe",
-        tokens=expansion.tokens,
-        labels=expansion.labels,
-        loss_mask=expansion.loss_mask,
-        visible_tiles=expansion.visible_tiles,
-        tile_spans=expansion.tile_spans,
-        tile_context=expansion.tile_context,
-        tile_tags=expansion.tile_tags,
-        tiles=torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8),
-        tiles_per_image=torch.tensor(tiles_per_image, dtype=torch.int64),
-        tokens_per_image=expansion.tokens_per_image,
-    )
+    tiles = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return expansion.with_tiles("probe", tiles, tiles_per_image)

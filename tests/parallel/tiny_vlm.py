@@ -1,7 +1,7 @@
 """A tiny NVLM-D, NVLM-X and NVLM-H, mixed batches for them, and one function that trains one under a layout."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megavlm.batch import ALL_AMONG_TOKENS, Batch, TileRoute
 from megavlm.data import Sample, collate
-from megavlm.data.expansion import ImageSlot, ImageTokens, TokenRun, count_tokens, expand, route_tile
+from megavlm.data.encoding import ImageSlot, TokenRun
+from megavlm.data.expansion import ImageTokens, count_tokens, expand, route_tile
 from megavlm.engines import MegatronEngine, MegatronEngineConfig, OptimizerSettings
 from megavlm.models.config import VLMConfig
 from megavlm.models.initialization import initialize_weights
@@ -137,19 +138,8 @@ def make_sample(images: Sequence[int], generator: torch.Generator, length: int, 
     expansion = expand(runs, tokens, IMAGE_TOKEN_ID, route.text_sees)
     shape = (sum(images), 3, TILE_SIZE, TILE_SIZE)
     kept = torch.rand(expansion.loss_mask.shape, generator=generator) > 0.4
-    return Sample(
-        key="made",
-        tokens=expansion.tokens,
-        labels=expansion.labels,
-        loss_mask=expansion.loss_mask * kept,
-        visible_tiles=expansion.visible_tiles,
-        tile_spans=expansion.tile_spans,
-        tile_context=expansion.tile_context,
-        tile_tags=expansion.tile_tags,
-        tiles=torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8),
-        tiles_per_image=torch.tensor(images, dtype=torch.int64),
-        tokens_per_image=expansion.tokens_per_image,
-    )
+    tiles = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return replace(expansion, loss_mask=expansion.loss_mask * kept).with_tiles("made", tiles, images)
 
 
 def make_routed_batch(

@@ -20,7 +20,7 @@ from megavlm.convert.published_code import text_megavlm
 from megavlm.data import SampleProcessor, Tokenizer
 from megavlm.data.chat_template import CHAT_TEMPLATES, Special
 from megavlm.data.config import DataConfig
-from megavlm.data.expansion import IMAGE_WRAPPERS, special_token_id
+from megavlm.data.encoding import IMAGE_WRAPPERS, special_token_id
 from megavlm.data.tilings import DynamicTilingConfig, TilingConfig, WholeTilingConfig
 from megavlm.data.tokenizers import SentencePieceTokenizer
 from megavlm.models.vision.dual import DualConfig

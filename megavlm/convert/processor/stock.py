@@ -12,7 +12,7 @@ from typing import Any
 from megavlm.convert.published_code.text_megavlm import PromptText
 from megavlm.data import Tokenizer
 from megavlm.data.config import DataConfig
-from megavlm.data.expansion import IMAGE_WRAPPERS
+from megavlm.data.encoding import IMAGE_WRAPPERS
 from megavlm.data.tilings import DynamicTilingConfig, WholeTilingConfig
 from megavlm.models.vision import SingleVisionConfig
 from megavlm.models.vision.dual import DualConfig

@@ -9,7 +9,8 @@ from matplotlib.cbook import get_sample_data
 from torch import Tensor
 
 from megavlm.convert.receipt.pair import Pair
-from megavlm.data.expansion import Expansion, ImageSlot, TokenRun, expand, route_image
+from megavlm.data.encoding import ImageSlot, TokenRun
+from megavlm.data.expansion import Expansion, expand, route_image
 from megavlm.data.image import load_image
 from megavlm.data.tilings.layout import TileLayout, cut_tiles
 from megavlm.data.tokenizers import HuggingFaceTokenizerConfig, SentencePieceTokenizerConfig, Tokenizer

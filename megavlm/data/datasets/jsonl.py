@@ -2,44 +2,21 @@
 
 from array import array
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy
-import pydantic
 
-from megavlm.config import Config
 from megavlm.data.conversation import Conversation
-from megavlm.data.datasets.row_check import BadRowPolicy, RowChecker, read_row
-from megavlm.data.grounding import CoordinateStyle
+from megavlm.data.datasets.row_check import RowChecker, read_row
+from megavlm.data.datasets.source import FileConfig
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8; the JSON reader passes over it
 
 
-class JsonlDatasetConfig(Config):
+class JsonlDatasetConfig(FileConfig):
     """A file with one JSON object a line, in any of the shapes that ``parse_conversation`` reads."""
 
     kind: Literal["jsonl"] = "jsonl"
-    path: Path
-    """The file."""
-    image_root: Path | None = None
-    """Relative paths of images begin here; the file's own folder where not given."""
-    bad_rows: BadRowPolicy = "error"
-    """What to do, at opening, with rows that are malformed or lack an image file: ``error`` stops, ``skip`` goes on."""
-    limit: int | None = pydantic.Field(default=None, ge=1)
-    """Read only so many rows from the file's beginning."""
-    coordinate_style: CoordinateStyle = "mm1_5"
-    """How the rows' boxes and points are written: ``mm1_5`` (0 to 999, in brackets) or ``nvlm`` (0 to 1000)."""
-
-    @property
-    def name(self) -> str:
-        """What logs call it."""
-        return self.path.name
-
-    @property
-    def source_names(self) -> list[str]:
-        """Of the only source."""
-        return [self.name]
 
     def build(self) -> "JsonlDataset":
         """Open the file and check every row."""

@@ -3,12 +3,10 @@
 import json
 import os
 from pathlib import Path
-from typing import Literal
 
 from megavlm.data.conversation import Conversation, parse_conversation
+from megavlm.data.datasets.source import BadRowPolicy
 from megavlm.data.grounding import CoordinateStyle
-
-BadRowPolicy = Literal["error", "skip"]
 
 _NUM_LISTED = 10
 

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy
-import pydantic
 
-from megavlm.config import Config
 from megavlm.data.conversation import Conversation, ImageRef, Message, parse_conversation
-from megavlm.data.datasets.row_check import BadRowPolicy
+from megavlm.data.datasets.source import BadRowPolicy, SourceConfig
 from megavlm.data.grounding import CoordinateStyle
 
 _MEMBERS = Path("sample:")  # where the names of a row's images begin
@@ -26,7 +24,7 @@ _NOT_IMAGES = ("json", "txt", "cls", "npy", "pth", "wav", "mp3", "mp4")
 _Integers = numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]
 
 
-class ShardsDatasetConfig(Config):
+class ShardsDatasetConfig(SourceConfig):
     """Tar files, each with its index ``*.tar.idx``, as ``megavlm data prepare`` or ``energon prepare`` leaves them.
 
     A sample is a ``.json`` of any shape that ``parse_conversation`` reads, which names its images by what their files
@@ -42,20 +40,6 @@ class ShardsDatasetConfig(Config):
     None: all."""
     bad_rows: BadRowPolicy = "error"
     """What to do, at opening, with shards that are damaged: ``error`` stops, ``skip`` leaves the whole shard out."""
-    limit: int | None = pydantic.Field(default=None, ge=1)
-    """Use only so many samples from the beginning."""
-    coordinate_style: CoordinateStyle = "mm1_5"
-    """How the rows' boxes and points are written: ``mm1_5`` (0 to 999, in brackets) or ``nvlm`` (0 to 1000)."""
-
-    @property
-    def name(self) -> str:
-        """What logs call it."""
-        return self.path.name
-
-    @property
-    def source_names(self) -> list[str]:
-        """Of the only source."""
-        return [self.name]
 
     def build(self) -> "ShardsDataset":
         """Read the indices."""

@@ -18,7 +18,7 @@ from megavlm.convert.processor import stop_token_ids, write_processor
 from megavlm.convert.published_code.processing_megavlm import MegaVLMProcessor
 from megavlm.data import TOKENIZERS, Conversation, ImageRef, Message, Sample, SampleProcessor, Tokenizer
 from megavlm.data.chat_template import CHAT_TEMPLATES
-from megavlm.data.expansion import IMAGE_WRAPPERS
+from megavlm.data.encoding import IMAGE_WRAPPERS
 from megavlm.recipe import Recipe
 
 TILE_SIZE = 28

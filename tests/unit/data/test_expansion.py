@@ -8,17 +8,8 @@ from small_data import IMAGE, byte_ids
 
 from megavlm.data import Conversation, ImageRef, Message, Tokenizer
 from megavlm.data.chat_template import CHAT_TEMPLATES, EOS, Segment, Special, render
-from megavlm.data.expansion import (
-    Expansion,
-    ImageSlot,
-    ImageTokens,
-    ImageWrapper,
-    TileTokens,
-    TokenRun,
-    count_tokens,
-    encode_segments,
-    expand,
-)
+from megavlm.data.encoding import ImageSlot, ImageWrapper, TokenRun, encode_segments
+from megavlm.data.expansion import Expansion, ImageTokens, TileTokens, count_tokens, expand
 
 END, START = [3], [2]
 PICTURE = ImageRef("a.png")

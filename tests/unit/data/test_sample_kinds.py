@@ -10,7 +10,8 @@ from small_data import IMAGE, byte_ids, chat
 
 from megavlm.batch import TileRoute
 from megavlm.data import Conversation, ImageRef, SampleError, SampleProcessor, few_shot, parse_conversation
-from megavlm.data.expansion import TokenRun, expand
+from megavlm.data.encoding import TokenRun
+from megavlm.data.expansion import expand
 
 ROOT = Path("/pictures")
 PICTURE = ImageRef("/pictures/a.png")

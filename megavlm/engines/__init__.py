@@ -11,7 +11,7 @@ import pydantic
 from megavlm.engines.config import MegatronEngineConfig, OptimizerSettings
 from megavlm.engines.deepspeed import DeepSpeedEngine, DeepSpeedEngineConfig
 from megavlm.engines.megatron import MegatronEngine
-from megavlm.engines.step import Stage, StepResult
+from megavlm.engines.step import LossSums, Stage, StepResult
 
 ENGINES: dict[str, type] = {
     "megatron": MegatronEngineConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "AnyEngineConfig",
     "DeepSpeedEngine",
     "DeepSpeedEngineConfig",
+    "LossSums",
     "MegatronEngine",
     "MegatronEngineConfig",
     "OptimizerSettings",

@@ -25,7 +25,7 @@ from megavlm.engines.config import MegatronEngineConfig, OptimizerSettings
 from megavlm.engines.fused_adam import FusedAdam
 from megavlm.engines.lr_scale import config_overrides
 from megavlm.engines.rank_talk import RankTalk
-from megavlm.engines.step import Stage, StepResult
+from megavlm.engines.step import LossSums, Stage, StepResult
 from megavlm.runtime import current_device
 from megavlm.runtime.activity import ACTIVITY, Phase
 from megavlm.runtime.sharding import sharding_metadata
@@ -263,15 +263,15 @@ class MegatronEngine(RankTalk):
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Return the summed loss and the number of trained tokens of a global batch, without training. All trained
-        tokens count alike, whatever their weight."""
+    def evaluate(self, batches: Sequence[Batch]) -> LossSums:
+        """Sum up the losses of a global batch, without training."""
         for module in self._wrapped:
             module.eval()
         batches = [replace(batch, loss_mask=(batch.loss_mask > 0).to(batch.loss_mask.dtype)) for batch in batches]
         num_trained, _, _ = self._count_tokens(batches)
         with torch.no_grad():
-            return self._run_schedule(batches, forward_only=True)[0], num_trained
+            loss_sum, _, terms = self._run_schedule(batches, forward_only=True)
+        return LossSums(loss_sum, num_trained, terms)
 
     def logits(self, batch: Batch, wanted: Tensor, vocab_size: int, cache: Any = None) -> Tensor:
         """Logits of one micro-batch at chosen positions, the same on every rank of the model.

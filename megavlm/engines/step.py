@@ -29,3 +29,29 @@ class StepResult:
     """Summed loss of the trained tokens of each data source, whatever their weight; empty if only one is counted."""
     loss_terms: Mapping[str, float] = field(default_factory=dict)
     """What ``loss`` is the sum of, by name; empty if it is one thing."""
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Losses of one global batch or of several together, without training. The same on every rank."""
+
+    loss: float = 0.0
+    """Summed over the trained tokens, which count alike whatever their weight. A mean over rows counts as if each
+    trained token had it."""
+    num_trained_tokens: int = 0
+    terms: Mapping[str, float] = field(default_factory=dict)
+    """What ``loss`` is the sum of, by name; empty if it is one thing."""
+
+    def __add__(self, other: "LossSums") -> "LossSums":
+        """Of both."""
+        names = {**self.terms, **other.terms}
+        terms = {name: self.terms.get(name, 0.0) + other.terms.get(name, 0.0) for name in names}
+        return LossSums(self.loss + other.loss, self.num_trained_tokens + other.num_trained_tokens, terms)
+
+    def mean(self) -> float:
+        """Of a trained token; 0.0 if there is none."""
+        return self.loss / max(1, self.num_trained_tokens)
+
+    def mean_terms(self) -> dict[str, float]:
+        """What :meth:`mean` is the sum of, by name."""
+        return {name: term / max(1, self.num_trained_tokens) for name, term in self.terms.items()}

@@ -11,7 +11,7 @@ from megavlm.build import Parts, build_parts
 from megavlm.checkpoint import RunFolder
 from megavlm.config import save_recipe
 from megavlm.data import LaneProgress, Loader, PackedLoader, Progress
-from megavlm.engines import StepResult
+from megavlm.engines import LossSums, StepResult
 from megavlm.engines.feed import Feed, is_reader
 from megavlm.engines.lockstep import check_lockstep
 from megavlm.recipe import Recipe
@@ -196,13 +196,11 @@ def _validate(run: _Run) -> None:
     if run.recipe.data.valid is None:
         return
     ACTIVITY.begin(Phase.VALIDATING)
-    loss_sum, num_tokens = 0.0, 0
+    losses = LossSums()
     for batches in Feed(iter(run.validation) if run.validation is not None else None):
         ACTIVITY.advance()
-        step_loss, step_tokens = run.parts.engine.evaluate(batches)
-        loss_sum += step_loss
-        num_tokens += step_tokens
-    run.report.validation(run.position.iteration, loss_sum / max(1, num_tokens), num_tokens)
+        losses += run.parts.engine.evaluate(batches)
+    run.report.validation(run.position.iteration, losses)
     run.report.restart_clock()
 
 

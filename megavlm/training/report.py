@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megavlm.batch import Batch
 from megavlm.checkpoint import durable
-from megavlm.engines import MegatronEngine, StepResult
+from megavlm.engines import LossSums, MegatronEngine, StepResult
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
 from megavlm.training.data_report import DataReport
@@ -170,17 +170,20 @@ class Report:
         if iteration % self._recipe.logging.log_interval == 0 or iteration == self._recipe.training.train_iters:
             self._flush(position, lr)
 
-    def validation(self, iteration: int, loss: float, num_tokens: int) -> None:
+    def validation(self, iteration: int, losses: LossSums) -> None:
         """Say a validation loss, in Megatron-LM's words."""
+        loss, terms = losses.mean(), losses.mean_terms()
         perplexity = math.exp(min(20.0, loss))
         line = (
             f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {perplexity:.6E} |"
-            f" trained tokens: {num_tokens} |"
+            f" trained tokens: {losses.num_trained_tokens} |"
+            + "".join(f" {name} loss: {term:.6E} |" for name, term in terms.items())
         )
+        points = {"lm loss validation": loss, **{f"{name} loss validation": term for name, term in terms.items()}}
         LOGGER.info("%s\n%s\n%s", "-" * len(line), line, "-" * len(line))
         if self._metrics is not None:
-            self._metrics.write(json.dumps({"iteration": iteration, "lm loss validation": loss}) + "\n")
-        self._add_scalars(iteration, {"lm loss validation": loss, "lm loss validation ppl": perplexity})
+            self._metrics.write(json.dumps({"iteration": iteration, **points}) + "\n")
+        self._add_scalars(iteration, {**points, "lm loss validation ppl": perplexity})
 
     def router_loads(self, iteration: int) -> bool:
         """Write the load of every expert since the last call. Returns whether there was any, on any rank."""

@@ -67,8 +67,10 @@ def train(engine_config: dict[str, Any]) -> tuple[Outcome, list[dict[str, float]
         outcome.grad_norms.append(result.grad_norm)
         terms.append(dict(result.loss_terms))
     outcome.shards = gradient_shards(chunks)
-    loss_sum, num_tokens = engine.evaluate(batches(engine, 7))
-    return outcome, terms, loss_sum / num_tokens
+    evaluated = engine.evaluate(batches(engine, 7))
+    assert sum(evaluated.mean_terms().values()) == pytest.approx(evaluated.mean(), rel=1e-6)
+    assert all(term > 0.0 for term in evaluated.terms.values())
+    return outcome, terms, evaluated.mean()
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +173,10 @@ def train_on_one_pair(engine_config: dict[str, Any]) -> float:
     engine, _ = start(engine_config)
     pair: list[Sample | SkippedSample] = [samples(0, 0)[0], SkippedSample("made", "image_unreadable", "for the test")]
     batch = collate(pair if engine.data_parallel_rank == 0 else [pair[1]] * 2, pad_id=0, tile_size=TILE_SIZE)
-    loss_sum, num_tokens = engine.evaluate([batch])  # validation may end with a lone pair
-    assert 0.0 < loss_sum / num_tokens < 20.0
+    loss = engine.evaluate([batch]).mean()  # validation may end with a lone pair
+    assert 0.0 < loss < 20.0
     engine.train_step([batch])
-    return loss_sum
+    return loss
 
 
 def test_one_pair_alone_is_an_error() -> None:

@@ -61,17 +61,17 @@ def merge_trained(engine_config: dict[str, Any]) -> tuple[int, float, float]:
     """On ranks: give LoRA weights; return merged layers, what LoRA changes of the loss, and what merging changes."""
     engine, chunks = build_tiny({**engine_config, "use_distributed_optimizer": False}, ("lora",), with_lora(EVERYTHING))
     batches = mixed_batches(1)
-    plain, _ = engine.evaluate(batches)
+    plain = engine.evaluate(batches).loss
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if name.endswith(".b"):
                 generator = torch.Generator().manual_seed(len(name))
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    adapted, _ = engine.evaluate(batches)
+    adapted = engine.evaluate(batches).loss
     merged = merge_lora(chunks)
-    after, _ = engine.evaluate(batches)
+    after = engine.evaluate(batches).loss
     assert merge_lora(chunks) == merged
-    again, _ = engine.evaluate(batches)
+    again = engine.evaluate(batches).loss
     assert again == after, "what is merged is added once"
     return merged, abs(adapted - plain) / plain, abs(after - adapted) / plain
 

@@ -12,7 +12,7 @@ from tiny_vlm import ADDING_H, TILE_SIZE, TINY, H, Outcome, X, assemble, build_t
 
 from megavlm.batch import Batch, TileRoute
 from megavlm.data import Sample, pack
-from megavlm.engines import OptimizerSettings
+from megavlm.engines import LossSums, OptimizerSettings
 
 MODELS = {"D": TINY, "X": X, "H": H, "H_adding": ADDING_H}
 
@@ -43,7 +43,7 @@ class Step:
     loss: float
     num_trained_tokens: int
     source_losses: tuple[float, ...]
-    evaluated: tuple[float, int]
+    evaluated: LossSums
     outcome: Outcome
 
 
@@ -147,8 +147,8 @@ def test_a_validation_loss_counts_all_trained_tokens_alike() -> None:
     [plain] = run_ranks(take_step, 1, TINY, MIXED, PACKED)
     [weighted] = run_ranks(take_step, 1, TINY, MIXED, PACKED, None)
     assert weighted.evaluated == plain.evaluated
-    assert plain.evaluated[1] == plain.num_trained_tokens
-    assert plain.evaluated[0] == pytest.approx(plain.loss * plain.num_trained_tokens, rel=1e-6)
+    assert plain.evaluated.num_trained_tokens == plain.num_trained_tokens
+    assert plain.evaluated.loss == pytest.approx(plain.loss * plain.num_trained_tokens, rel=1e-6)
     assert abs(weighted.loss - plain.loss) > 1e-3
 
 

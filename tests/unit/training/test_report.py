@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megavlm.batch import Batch, SkippedSample
 from megavlm.config import load_recipe
-from megavlm.engines import StepResult
+from megavlm.engines import LossSums, StepResult
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
 from megavlm.training.picture import draw_loss
@@ -93,7 +93,7 @@ def test_a_resumed_run_cuts_off_what_came_after_its_checkpoint(recipe: Recipe, t
         file.write('{"iteration": 6, "lm lo')  # killed while writing
     with report(recipe, tmp_path, iteration=3) as out:
         out.step(at(4), StepResult(40.0, 10, 1.0, None), [], lr=1e-3, data_wait=0.0)
-        out.validation(4, loss=2.5, num_tokens=7)
+        out.validation(4, LossSums(17.5, 7))
     points = read_metrics(tmp_path)
     assert [point.get("lm loss") for point in points] == [1.0, 2.0, 3.0, 40.0, None]
     assert points[-1]["lm loss validation"] == 2.5
@@ -103,12 +103,13 @@ def test_tensorboard_has_megatrons_tags(recipe: Recipe, tmp_path: Path) -> None:
     with report(recipe, tmp_path) as out:
         for step in (1, 2):
             out.step(at(step), StepResult(1.5, 10, 1.0, None), [], lr=1e-3, data_wait=0.0)
-        out.validation(2, loss=2.0, num_tokens=7)
+        out.validation(2, LossSums(14.0, 7, {"contrast": 10.5}) + LossSums(14.0, 7, {"contrast": 3.5}))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
     assert {"lm loss", "learning-rate", "batch-size", "grad-norm", "iteration-time"} <= tags
     assert {"lm loss vs samples", "lm loss validation", "lm loss validation ppl"} <= tags
+    assert read_metrics(tmp_path)[-1] == {"iteration": 2, "lm loss validation": 2.0, "contrast loss validation": 1.0}
     [point] = events.Scalars("lm loss vs samples")
     assert (point.step, point.value) == (256, 1.5)
 

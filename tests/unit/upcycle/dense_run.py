@@ -72,6 +72,6 @@ def go_on(
     loaded = load_checkpoint(checkpoint, built, with_optimizer=with_optimizer)
     batches = mixed_batches(STEPS, chunks[0].route)
     with torch.no_grad():
-        loss, num_tokens = built.evaluate(batches[built.data_parallel_rank :: built.data_parallel_size])
+        evaluated = built.evaluate(batches[built.data_parallel_rank :: built.data_parallel_size])
     losses = take_steps(built, chunks, STEPS, STEPS + num_steps)
-    return loss / num_tokens, losses, loaded.iteration, loaded.extra
+    return evaluated.mean(), losses, loaded.iteration, loaded.extra

@@ -69,6 +69,8 @@ def check_run(recipe: Recipe, world_size: int) -> None:
     engine = recipe.engine
     tp = engine.tensor_model_parallel_size
     recipe.model.vision.check_layout(tp)
+    if not recipe.model.learns_from_pairs:
+        recipe.model.fusion.check_layout(recipe.model.decoder.hidden_size, tp)
     if isinstance(engine, DeepSpeedEngineConfig):
         engine.check_experts(language.num_moe_experts)
     # the text side of a Q-Former is whole on every rank

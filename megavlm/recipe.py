@@ -15,6 +15,7 @@ from megavlm.engines import AnyEngineConfig, OptimizerSettings
 from megavlm.models.blip2 import QFormerTextConfig
 from megavlm.models.config import VLMConfig
 from megavlm.models.part import Trainable
+from megavlm.models.taken import PretrainedConfig, Source
 
 Part = Literal["vision", "connector", "cross_attention", "language", "lora", "text"]
 """As ``megavlm.models.part.PARTS``."""
@@ -97,10 +98,11 @@ class CheckpointConfig(Config):
 
     save: Path
     """The run folder: checkpoints, resolved recipe, log, pictures. A run found there is resumed."""
-    pretrained_checkpoint: Path | list[Path] | None = None
+    pretrained_checkpoint: Source | list[Source] | None = None
     """Run folder whose newest weights a fresh run starts from (weights only; optimizer and data start anew), or
-    several, loaded in turn: a vision encoder, a language model. A part that none of them holds starts fresh and must
-    train."""
+    several: a vision encoder, a language model. No two may hold the same weights; ``{path: ..., take: ...}`` takes some
+    of them, also to another place (:class:`megavlm.models.taken.PretrainedConfig`). What none of them holds starts
+    fresh and must train."""
     save_interval: pydantic.PositiveInt | None = None
     """Steps between checkpoints; None: only at the end."""
     keep_last: pydantic.PositiveInt = 2
@@ -120,7 +122,7 @@ class CheckpointConfig(Config):
         return self
 
     @property
-    def pretrained_checkpoints(self) -> list[Path]:
+    def pretrained_checkpoints(self) -> list[Path | PretrainedConfig]:
         """``pretrained_checkpoint`` as a list."""
         given = self.pretrained_checkpoint
         return [] if given is None else given if isinstance(given, list) else [given]
@@ -132,6 +134,9 @@ class LoggingConfig(Config):
     log_interval: pydantic.PositiveInt = 10
     """Steps between log lines and TensorBoard points."""
     tensorboard: bool = True
+    log_throughput: bool = False
+    """Tell the TFLOP/s of a device, as `megavlm plan` and `megavlm bench` count operations: those that the model asks
+    for, padding among them, recomputation not."""
 
 
 class Recipe(Config):

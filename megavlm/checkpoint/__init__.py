@@ -17,6 +17,7 @@ A run folder holds::
   that owns the folder calls it on rank 0 when it starts.
 - :func:`load_checkpoint` verifies the manifest, refuses pickles that name anything but plain data, compares keys and
   shapes, and only then loads. Its errors are one ValueError, the same on all ranks.
+- :func:`start_from` fills a fresh model from several checkpoints, each weight from one of them.
 """
 
 from megavlm.checkpoint.asynchronous import AsyncSaver
@@ -24,6 +25,7 @@ from megavlm.checkpoint.folder import RunFolder
 from megavlm.checkpoint.load import Loaded, find_checkpoint, find_to_resume, load_checkpoint
 from megavlm.checkpoint.manifest import verify
 from megavlm.checkpoint.save import save_checkpoint
+from megavlm.checkpoint.start import start_from
 
 __all__ = [
     "AsyncSaver",
@@ -33,5 +35,6 @@ __all__ = [
     "find_to_resume",
     "load_checkpoint",
     "save_checkpoint",
+    "start_from",
     "verify",
 ]

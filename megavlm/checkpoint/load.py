@@ -1,7 +1,7 @@
 """Loads a checkpoint into an engine of any layout, or says in one sentence why not."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from megavlm.checkpoint.layout import CheckpointInfo, Layout, put_back_empty_mom
 from megavlm.checkpoint.manifest import MANIFEST_NAME, find_damage
 from megavlm.checkpoint.pickles import METADATA_NAME, check_objects, read_metadata, weights_only
 from megavlm.checkpoint.rng import reseed_from, restore_rng
+from megavlm.checkpoint.taking import ask, in_model, offered
 from megavlm.checkpoint.writer import EXTRA_NAME, rng_name
 from megavlm.engines import MegatronEngine
 from megavlm.models.part import QFORMER_OUTPUT, part_of
@@ -37,6 +38,8 @@ class Loaded:
     """What was given to :func:`megavlm.checkpoint.save_checkpoint`; empty in other programs' checkpoints."""
     missing: tuple[str, ...]
     """Keys of weights that it did not hold: they are as they were. Empty unless that was allowed."""
+    filled: tuple[str, ...]
+    """Keys, in the model, of the weights that it did hold."""
     unexpected: tuple[str, ...]
     """Keys of weights that the model does not have. Empty unless that was allowed."""
 
@@ -50,6 +53,7 @@ def load_checkpoint(
     allow_missing: Sequence[str] = (),
     allow_missing_parts: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    take: Mapping[str, str] | None = None,
 ) -> Loaded:
     """Load a checkpoint into the engine's model, and to resume a run also its optimizer and random numbers. Collective.
 
@@ -66,12 +70,14 @@ def load_checkpoint(
             stage may have that part without the model having it, and need not hold the layer behind the Q-Former.
             Weights only.
         allow_unexpected: how keys begin that the model need not have. Weights only.
+        take: load these alone: name of a part or module in the model -> its name in the checkpoint, which must hold all
+            of it and nothing else of that name (:class:`megavlm.models.taken.PretrainedConfig`). Weights only.
 
     Raises:
         ValueError: there is no checkpoint, it is damaged or not to be trusted, or does not fit. One sentence that names
             the file or the key and says what to do; the same on every rank.
     """
-    assert not (with_optimizer and (allow_missing or allow_missing_parts or allow_unexpected)), (
+    assert not (with_optimizer and (allow_missing or allow_missing_parts or allow_unexpected or take)), (
         "a run resumes whole or not at all"
     )
     folder = from_rank_0(f"looking for checkpoints in {path}", lambda: _find(path))
@@ -84,9 +90,11 @@ def load_checkpoint(
             "(checkpoint.pretrained_checkpoint)."
         )
     state = engine.sharded_state_dict(with_optimizer=with_optimizer, is_loading=True)
-    mismatch = match.compare(state, metadata, info, folder)
     absent = match.absent_parts(metadata)
     is_first_stage = "text" in set(allow_missing_parts) - absent
+    if take is not None:
+        metadata, state, absent = offered(metadata, take, folder), ask(state, take), set()
+    mismatch = match.compare(state, metadata, info, folder)
     match.check_allowed(
         mismatch,
         folder,
@@ -104,9 +112,9 @@ def load_checkpoint(
     if with_optimizer:
         _restore_rng(folder, info)
     LOGGER.info("loaded %s (%s)", folder, "weights, optimizer and random numbers" if with_optimizer else "weights")
-    return Loaded(
-        folder, info.iteration if info else iteration_of(folder), extra, mismatch.missing, mismatch.unexpected
-    )
+    iteration = info.iteration if info else iteration_of(folder)
+    filled = mismatch.common if take is None else in_model(mismatch.common, take)
+    return Loaded(folder, iteration, extra, mismatch.missing, filled, mismatch.unexpected)
 
 
 def find_checkpoint(path: RunFolder | Path | str) -> Path | None:

@@ -20,12 +20,19 @@ _NUM_SHOWN = 5
 class Mismatch:
     """Keys that only one side has. The same on every rank."""
 
+    asked: tuple[str, ...]
+    """Weights of the model."""
     missing: tuple[str, ...]
     """Weights of the model that the checkpoint does not hold."""
     unexpected: tuple[str, ...]
     """Weights of the checkpoint that the model does not have."""
     num_extra_states: int
     """Objects of megatron-core's layers (``_extra_state``) that only one side has. They hold no weights."""
+
+    @property
+    def common(self) -> tuple[str, ...]:
+        """Weights of the model that the checkpoint holds."""
+        return tuple(sorted(set(self.asked).difference(self.missing)))
 
 
 def compare(state: Mapping[str, Any], metadata: Metadata, info: CheckpointInfo | None, folder: Path) -> Mismatch:
@@ -54,10 +61,16 @@ def compare(state: Mapping[str, Any], metadata: Metadata, info: CheckpointInfo |
     held_tensors = {key for key in held_tensors if with_optimizer or not is_of_optimizer(key)}
     held_objects = {key for key in held if "._extra_state/" in key}
     return Mismatch(
+        asked=tuple(sorted(asked_tensors)),
         missing=tuple(sorted(asked_tensors - held_tensors)),
         unexpected=tuple(sorted(held_tensors - asked_tensors)),
         num_extra_states=len(asked_objects ^ held_objects),
     )
+
+
+def weights_of(state: Mapping[str, Any]) -> set[str]:
+    """Return the keys of all ranks' weights. Collective."""
+    return set().union(*(tensors for tensors, _ in gather(_keys(state))))
 
 
 def is_of_optimizer(key: str) -> bool:

@@ -42,6 +42,8 @@ def own_problems(model: VLMConfig) -> list[str]:
         problems.append(f"model.connector.kind={model.connector.kind!r} (only mlp)")
     if model.fusion.kind not in _FUSION_FIELDS:
         problems.append(f"model.fusion.kind={model.fusion.kind!r} (only {', '.join(_FUSION_FIELDS)})")
+    if model.gated_feed_forward is not None:
+        problems.append("model.fusion.feed_forward (only cross-attention alone, inside the decoder's layers)")
     return problems
 
 

@@ -48,7 +48,12 @@ CANNOT_CARRY: dict[str, tuple[Reason, ...]] = {
         ),
         Reason(
             "its cross-attention layers are whole blocks in the place of decoder layers, each with a gated "
-            "feed-forward layer of its own; ours stands inside a decoder layer, between self-attention and feed-forward"
+            "feed-forward layer of its own; ours stands inside a decoder layer, between self-attention and feed-forward",
+            lambda model: model.gated_feed_forward is None,
+        ),
+        Reason(
+            "its cross-attention layers stand in the place of decoder layers; ours stand before them",
+            lambda model: model.gated_feed_forward is not None,
         ),
         Reason("it has no norm between projected features and keys and values (our context_layernorm)"),
         Reason(
@@ -68,7 +73,8 @@ CANNOT_CARRY: dict[str, tuple[Reason, ...]] = {
         ),
         Reason(
             "its gated block stands before a decoder layer and has a feed-forward layer of its own; ours stands inside "
-            "the layer, between self-attention and feed-forward layer"
+            "the layer, between self-attention and feed-forward layer",
+            lambda model: model.gated_feed_forward is None,
         ),
         Reason(
             "its vision tower is CLIP's with the class token among the features",

@@ -97,11 +97,15 @@ def _chosen(parts: ModelParts, part: str | None) -> ModelParts:
     if part not in parts.names:
         raise ValueError(f"--part={part}: the checkpoint holds {', '.join(parts.names)}. Choose one of them.")
     if part == "language" and "cross_attention" in parts.weight_parts:
+        model = parts.whole()
         LOGGER.warning(
             "--part=language: leaves the cross-attention of %d layers out (model.fusion.kind=%s): what is written "
-            "answers texts as the model does, and never sees an image",
-            len(parts.whole().cross_attention_layers),
-            parts.whole().fusion.kind,
+            "%s, and never sees an image",
+            len(model.cross_attention_layers),
+            model.fusion.kind,
+            "answers texts as the model does"
+            if model.gated_feed_forward is None
+            else "lacks the gated feed-forward layers (model.fusion.feed_forward) that texts go through too",
         )
     return parts.only(part)
 

@@ -9,6 +9,7 @@ from megavlm.config import Config
 from megavlm.models.blip2 import QFormerTextConfig
 from megavlm.models.connectors import AnyConnectorConfig
 from megavlm.models.fusion import AnyFusionConfig
+from megavlm.models.fusion.cross_attention import CrossAttentionConfig, GatedFeedForwardConfig
 from megavlm.models.language import LanguageConfig
 from megavlm.models.vision import AnyVisionConfig
 
@@ -59,6 +60,11 @@ class VLMConfig(Config):
     def cross_attention_layers(self) -> tuple[int, ...]:
         """Indices of the decoder layers that have cross-attention."""
         return () if self.learns_from_pairs else self.fusion.cross_attention_layers(self.decoder.num_layers)
+
+    @property
+    def gated_feed_forward(self) -> GatedFeedForwardConfig | None:
+        """The feed-forward layer behind each cross-attention, where there is any."""
+        return self.fusion.feed_forward if isinstance(self.fusion, CrossAttentionConfig) else None
 
     @pydantic.model_validator(mode="after")
     def _layers_fit(self) -> "VLMConfig":

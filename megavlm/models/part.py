@@ -13,7 +13,7 @@ QFORMER_OUTPUT = "connector.projection."
 """How the keys of the layer between a Q-Former and a language model begin; BLIP-2's first stage has none."""
 
 _CROSS_ATTENTION_MODULES = frozenset(
-    {"context_layernorm", "pre_cross_attn_layernorm", "cross_attention", "cross_attn_bda"}
+    {"context_layernorm", "gated_block", "pre_cross_attn_layernorm", "cross_attention", "cross_attn_bda"}
 )
 _LAYER = re.compile(r"(\w+\.(?:\w+\.)*layers\.)(\d+)")
 

@@ -37,6 +37,9 @@ def product_sides(model: VLMConfig, tensor_model_parallel_size: int) -> list[Sid
     sides += _connector_sides(model, tp) + _decoder_sides(model.decoder, tp)
     if model.cross_attention_layers:
         sides += [Side("cross_attention", side.name, side.size) for side in _attention_sides(model.decoder, tp)]
+    if (feed_forward := model.gated_feed_forward) is not None:
+        inner = feed_forward.width(model.decoder.hidden_size) // tp
+        sides.append(Side("cross_attention", "model.fusion.feed_forward.ffn_hidden_size", inner))
     return sides
 
 

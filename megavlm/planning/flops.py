@@ -89,8 +89,10 @@ def count_flops(model: VLMConfig, batch: Batch, *, vocab_size: int, trainable: C
     context = _context_needs(walk, model, batch, features)
     crossed, with_experts = model.cross_attention_layers, model.decoder.layers_with_experts
     for layer in range(model.decoder.num_layers):
+        if layer in crossed and model.gated_feed_forward is not None:
+            hidden_states = _walk_gated_block(walk, model, batch, hidden_states, context)
         hidden_states = _walk_self_attention(walk, model.decoder, layer, batch, hidden_states)
-        if layer in crossed:
+        if layer in crossed and model.gated_feed_forward is None:
             hidden_states = _walk_cross_attention(walk, model.decoder, batch, hidden_states, context)
         moe = model.decoder.moe if layer in with_experts else None
         hidden_states = _walk_feed_forward(walk, model.decoder, layer, moe, batch, hidden_states)
@@ -279,6 +281,18 @@ def _walk_cross_attention(
     attended = walk.attention("cross_attention", num_vectors * batch.context_length, query_width, query, key_value)
     branch = walk.linear("cross_attention", num_vectors, query_width, width, attended)
     return hidden_states or branch
+
+
+def _walk_gated_block(walk: _Walk, model: VLMConfig, batch: Batch, hidden_states: bool, context: bool) -> bool:
+    """Cross-attention and feed-forward layer, before a decoder layer."""
+    feed_forward, width = model.gated_feed_forward, model.decoder.hidden_size
+    assert feed_forward is not None
+    hidden_states = _walk_cross_attention(walk, model.decoder, batch, hidden_states, context)
+    num_vectors, inner_size = batch.tokens.numel(), feed_forward.width(width)
+    num_inputs = 2 if feed_forward.activation == "swiglu" else 1
+    inner = hidden_states or walk.trains("cross_attention")  # from the norm on
+    inner = walk.linear("cross_attention", num_vectors, width, num_inputs * inner_size, inner)
+    return walk.linear("cross_attention", num_vectors, inner_size, width, inner) or hidden_states
 
 
 def _walk_feed_forward(

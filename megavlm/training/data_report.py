@@ -1,7 +1,7 @@
 """What a run's data looks like while it trains: padding, samples in a row, and the part of each source."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -59,6 +59,46 @@ class DataNumbers:
             if source.loss is not None:
                 points[f"source/{source.name}/loss"] = source.loss
         return points
+
+
+@dataclass
+class SampleCounts:
+    """Samples and images of this rank, since the run (re)started, that were not used as they are."""
+
+    skipped: int = 0
+    degraded_images: int = 0
+    dropped_images: int = 0
+    cut: int = 0
+
+    def add(self, batches: Sequence[Batch]) -> None:
+        """Take in a step's micro-batches."""
+        for batch in batches:
+            self.skipped += len(batch.skipped)
+            self.degraded_images += batch.num_degraded
+            self.dropped_images += batch.num_dropped_images
+            self.cut += batch.num_cut_samples
+
+    def over_replicas(self, engine: MegatronEngine) -> "SampleCounts":
+        """Those of all ranks."""
+        return SampleCounts(*map(int, engine.sum_over_replicas(list(astuple(self)))))
+
+    def log_text(self) -> str:
+        """The piece of the log line."""
+        return (
+            f" skipped samples: {self.skipped} |"
+            f" images with fewer tiles: {self.degraded_images} |"
+            f" images left out: {self.dropped_images} |"
+            f" samples cut off: {self.cut} |"
+        )
+
+    def points(self) -> dict[str, float]:
+        """TensorBoard's scalars."""
+        return {
+            "skipped-samples": self.skipped,
+            "degraded-images": self.degraded_images,
+            "dropped-images": self.dropped_images,
+            "cut-samples": self.cut,
+        }
 
 
 class DataReport:

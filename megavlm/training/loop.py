@@ -37,6 +37,7 @@ from megavlm.training.router_picture import draw_routers
 from megavlm.training.saver import Saver
 from megavlm.training.schedule import build_schedule, current_lr
 from megavlm.training.spikes import SpikeWatch
+from megavlm.training.throughput import throughput_of
 
 
 @dataclass
@@ -105,6 +106,7 @@ def train(recipe: Recipe, process: Process) -> None:
             iteration=position.iteration,
             router_health=router_health_of(parts),
             spikes=spikes,
+            throughput=throughput_of(parts, process.world_size),
         ) as report,
     ):
         feed = Feed(None if training_data is None else training_steps(parts, training_data))

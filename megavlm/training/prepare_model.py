@@ -7,13 +7,12 @@ from typing import Any
 import yaml
 
 from megavlm.build import Parts
-from megavlm.checkpoint import RunFolder, find_to_resume, load_checkpoint
+from megavlm.checkpoint import RunFolder, find_to_resume, load_checkpoint, start_from
 from megavlm.config import validate
 from megavlm.data import Progress
-from megavlm.engines import MegatronEngine
 from megavlm.models.config import VLMConfig
 from megavlm.models.initialization import initialize_weights
-from megavlm.models.part import PARTS, part_of
+from megavlm.models.part import PARTS
 from megavlm.models.weights import count_parameters
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
@@ -52,7 +51,8 @@ def prepare_model(
         lanes = loaded.extra.get("data")
         progress = Progress.after(consumed_samples) if lanes is None else Progress.from_json(lanes)
         return Position(loaded.iteration, consumed_samples), progress
-    _start_from_weights(recipe, engine)
+    if settings.pretrained_checkpoints:
+        start_from(engine, settings.pretrained_checkpoints, recipe.training.trained, verify=settings.verify)
     return Position(), Progress.after(0)
 
 
@@ -65,30 +65,6 @@ def _check_modules_found(parts: Parts, found: Collection[str]) -> None:
                     f"training.trainable_within.{part}={modules}: no parameter of {part} lies in {module!r}. Names are "
                     "those of the model's modules below the part, as `megavlm plan --modules` lists them."
                 )
-
-
-def _start_from_weights(recipe: Recipe, engine: MegatronEngine) -> None:
-    """Load the weights that a fresh run starts from, if there are any.
-
-    Raises:
-        ValueError: they do not fit, or a part that none of them holds would stay as it was drawn.
-    """
-    sources = recipe.checkpoint.pretrained_checkpoints
-    if not sources:
-        return
-    absent = set(PARTS)
-    for source in sources:
-        verify = recipe.checkpoint.verify
-        loaded = load_checkpoint(source, engine, with_optimizer=False, verify=verify, allow_missing_parts=PARTS)
-        absent &= {part_of(key) for key in loaded.missing}
-        LOGGER.info("starting from the weights of %s", source)
-    trained = recipe.training.trained
-    if frozen := sorted(part for part in absent if not trained.is_whole(part)):
-        raise ValueError(
-            f"training.trainable={recipe.training.trainable}: {', '.join(map(str, sources))} holds no "
-            f"{' and no '.join(frozen)}, so that would stay untrained in whole or in part. Add it to the parts that "
-            "train, or give weights for it."
-        )
 
 
 def _log_parameters(parts: Parts, chunks: list) -> None:

@@ -23,11 +23,12 @@ from megavlm.checkpoint import durable
 from megavlm.engines import LossSums, MegatronEngine, StepResult
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
-from megavlm.training.data_report import DataReport
+from megavlm.training.data_report import DataReport, SampleCounts
 from megavlm.training.position import Position
 from megavlm.training.progress_bar import ProgressBar
 from megavlm.training.router_health import RouterHealth
 from megavlm.training.spikes import SpikeWatch
+from megavlm.training.throughput import Throughput
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -45,6 +46,7 @@ class Report:
         iteration: int,
         router_health: RouterHealth | None = None,
         spikes: SpikeWatch | None = None,
+        throughput: Throughput | None = None,
     ) -> None:
         """Open the outputs.
 
@@ -56,6 +58,7 @@ class Report:
             iteration: steps done before; later ones in the metrics file are cut off.
             router_health: of a model with experts.
             spikes: counts spikes of the loss.
+            throughput: counts operations.
         """
         self._recipe = recipe
         self._folder = folder
@@ -64,12 +67,10 @@ class Report:
         self._engine = engine
         self._router_health = router_health
         self._spikes = spikes
+        self._throughput = throughput
         self._totals: Counter[str] = Counter()
         """Skipped and nan iterations since the run (re)started."""
-        self._num_skipped_samples = 0
-        self._num_degraded_images = 0
-        self._num_dropped_images = 0
-        self._num_cut_samples = 0
+        self._samples = SampleCounts()
         self._data = DataReport(engine, recipe.data.train.source_names, recipe.data.seq_length)
         self._window: list[StepResult] = []
         self._window_start = time.perf_counter()
@@ -145,15 +146,13 @@ class Report:
         self._window_data_wait += data_wait
         self._count(result)
         self._data.add(result, batches)
-        for batch in batches:
-            self._num_degraded_images += batch.num_degraded
-            self._num_dropped_images += batch.num_dropped_images
-            self._num_cut_samples += batch.num_cut_samples
-            for sample in batch.skipped:
-                self._num_skipped_samples += 1
-                LOGGER.warning(
-                    "skipped sample %s (%s): %s", sample.key, sample.reason, sample.message, extra={"any_rank": True}
-                )
+        self._samples.add(batches)
+        if self._throughput is not None:
+            self._throughput.add(batches)
+        for sample in (sample for batch in batches for sample in batch.skipped):
+            LOGGER.warning(
+                "skipped sample %s (%s): %s", sample.key, sample.reason, sample.message, extra={"any_rank": True}
+            )
         if self._metrics is not None:
             point: dict[str, float | str | None] = {
                 "iteration": iteration,
@@ -218,14 +217,8 @@ class Report:
         told = "".join(f" {name}: {term:.6E} |" for name, term in terms.items())
         tokens = sum(step.num_trained_tokens for step in self._window) / num_steps
         batch_size = self._recipe.training.global_batch_size
-        skipped_samples, degraded_images, dropped_images, cut_samples = self._engine.sum_over_replicas(
-            [
-                self._num_skipped_samples,
-                self._num_degraded_images,
-                self._num_dropped_images,
-                self._num_cut_samples,
-            ]
-        )
+        samples = self._samples.over_replicas(self._engine)
+        throughput = None if self._throughput is None else self._throughput.take(seconds * num_steps)
         data = self._show_data(iteration)
         routers = self._routers(iteration, num_steps)
         # Widths and separators of Megatron-LM's training_log, which many scripts read; what is ours comes after.
@@ -233,7 +226,8 @@ class Report:
             f"iteration {iteration:8d}/{self._recipe.training.train_iters:8d} |"
             f" consumed samples: {position.consumed_samples:12d} |"
             f" elapsed time per iteration (ms): {seconds * 1000.0:.1f} |"
-            f" learning rate: {lr:.6E} |"
+            + ("" if throughput is None else f" throughput per GPU (TFLOP/s/GPU): {throughput:.3f} |")
+            + f" learning rate: {lr:.6E} |"
             f" global batch size: {batch_size:5d} |"
             f" lm loss: {loss:.6E} |"
             f" loss scale: 1.0 |"
@@ -242,10 +236,7 @@ class Report:
             f" number of nan iterations: {self._totals['nan iterations']:3d} |"
             f" trained tokens per iteration: {tokens:.0f} |"
             f" data wait (ms): {self._window_data_wait / num_steps * 1000.0:.1f} |"
-            f" skipped samples: {skipped_samples:.0f} |"
-            f" images with fewer tiles: {degraded_images:.0f} |"
-            f" images left out: {dropped_images:.0f} |"
-            f" samples cut off: {cut_samples:.0f} |{told}{data}{routers}"
+            f"{samples.log_text()}{told}{data}{routers}"
             f"{self._spikes.log_text() if self._spikes else ''}"
         )
         points = {
@@ -255,10 +246,8 @@ class Report:
             "batch-size": float(batch_size),
             "grad-norm": self._window[-1].grad_norm,
             "iteration-time": seconds,
-            "skipped-samples": skipped_samples,
-            "degraded-images": degraded_images,
-            "dropped-images": dropped_images,
-            "cut-samples": cut_samples,
+            **samples.points(),
+            **({} if throughput is None else {"throughput": throughput}),
             **(self._spikes.points() if self._spikes else {}),
         }
         self._add_scalars(position.iteration, points)

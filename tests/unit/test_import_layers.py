@@ -14,11 +14,10 @@ LAYERS: list[set[str]] = [
     {"recipe"},
     {"build"},
     {"checkpoint"},
-    {"convert", "inference"},
+    {"convert", "inference", "planning"},
     {
         "training",
         "evaluation",
-        "planning",
         "preflight",
         "upcycle",
         "doctor",

@@ -19,6 +19,7 @@ from megavlm.engines.config import OptimizerSettings
 from megavlm.engines.deepspeed import state as zero_state
 from megavlm.engines.deepspeed.config import DeepSpeedEngineConfig
 from megavlm.engines.deepspeed.zero import Zero
+from megavlm.engines.lr_scale import config_overrides
 from megavlm.engines.megatron import MegatronEngine, counted
 from megavlm.runtime.process import before_stop
 
@@ -78,10 +79,10 @@ class DeepSpeedEngine(MegatronEngine):
         return self._adam
 
     def build_optimizer(self, settings: OptimizerSettings) -> torch.optim.AdamW:  # type: ignore[override]
-        """Make the optimizer of the parameters that train."""
-        groups = _get_param_groups(
-            self.chunks, OptimizerConfig(optimizer="adam", lr=settings.lr, min_lr=settings.min_lr), None
-        )
+        """Make the optimizer of the parameters that train, with the learning rates of ``lr_scale.py``."""
+        config = OptimizerConfig(optimizer="adam", lr=settings.lr, min_lr=settings.min_lr)
+        trained = (parameter for parameter in self.chunks[0].parameters() if parameter.requires_grad)
+        groups = _get_param_groups(self.chunks, config, config_overrides(config, trained))
         self._clip_grad = settings.clip_grad
         self._adam = torch.optim.AdamW(
             groups,

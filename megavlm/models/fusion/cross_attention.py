@@ -12,6 +12,20 @@ from megavlm.batch import TileRoute
 from megavlm.config import Config
 from megavlm.models.backend import Backend
 from megavlm.models.cross_attention import with_cross_attention
+from megavlm.models.gated_block import GatedBlockSpec, with_gated_block
+
+
+class GatedFeedForwardConfig(Config):
+    """The feed-forward layer behind a gated cross-attention. The defaults are Flamingo's; there are no biases."""
+
+    ffn_hidden_size: pydantic.PositiveInt | None = None
+    """Width inside; None: four times the decoder's."""
+    activation: Literal["squared_relu", "swiglu"] = "squared_relu"
+    """Flamingo: squared_relu; Idefics: swiglu, of the decoder's ffn_hidden_size."""
+
+    def width(self, hidden_size: int) -> int:
+        """Width inside, in a decoder of ``hidden_size``."""
+        return self.ffn_hidden_size or 4 * hidden_size
 
 
 class CrossAttentionConfig(Config):
@@ -26,6 +40,9 @@ class CrossAttentionConfig(Config):
     gate_init: float = 0.0
     """Value of a fresh gate, before its tanh. 0 leaves the language model as it was. A model that starts from nothing
     has nothing to keep and learns faster with an open gate (1)."""
+    feed_forward: GatedFeedForwardConfig | None = None
+    """A gated feed-forward layer behind each cross-attention, and both before the decoder's layer: Flamingo's GATED
+    XATTN-DENSE (``{}``: as there). None: cross-attention alone, inside the layer behind its self-attention (NVLM)."""
     text_sees: Literal["all_images", "last_image"] = "all_images"
     """What a token that belongs to no tile sees: the tiles of all images before it in its sample, or of the last one
     (Flamingo). NVLM does not say."""
@@ -52,10 +69,34 @@ class CrossAttentionConfig(Config):
         """One layer in so many of ``num_layers`` has cross-attention: ``every_n_layers``, or what None stands for."""
         return self.every_n_layers or max(1, num_layers // 10)
 
-    def extend(self, layers: list[ModuleSpec], backend: Backend) -> list[ModuleSpec]:
-        """Return the specs of the decoder's layers, the chosen ones with gated cross-attention."""
+    def check_layout(self, hidden_size: int, tensor_model_parallel_size: int) -> None:
+        """Check that what cross-attention adds to a decoder of ``hidden_size`` can be split as the decoder is.
+
+        Raises:
+            ValueError: the width of its feed-forward layers does not divide by the tensor-parallel size.
+        """
+        width = 0 if self.feed_forward is None else self.feed_forward.width(hidden_size)
+        if width % tensor_model_parallel_size:
+            raise ValueError(
+                f"model.fusion.feed_forward.ffn_hidden_size={width}: is not a multiple of "
+                f"tensor_model_parallel_size={tensor_model_parallel_size}. Choose a size that divides it."
+            )
+
+    def extend(self, layers: list[ModuleSpec], backend: Backend, hidden_size: int) -> list[ModuleSpec]:
+        """Return the specs of the layers of a decoder of ``hidden_size``, the chosen ones with cross-attention."""
         chosen = self.cross_attention_layers(len(layers))
         return [
-            with_cross_attention(layer, backend, gate_init=self.gate_init) if number in chosen else layer
+            self._extended(layer, backend, hidden_size) if number in chosen else layer
             for number, layer in enumerate(layers)
         ]
+
+    def _extended(self, layer: ModuleSpec, backend: Backend, hidden_size: int) -> ModuleSpec:
+        if self.feed_forward is None:
+            return with_cross_attention(layer, backend, gate_init=self.gate_init)
+        block = GatedBlockSpec(
+            backend=backend,
+            gate_init=self.gate_init,
+            ffn_hidden_size=self.feed_forward.width(hidden_size),
+            is_swiglu=self.feed_forward.activation == "swiglu",
+        )
+        return with_gated_block(layer, block)

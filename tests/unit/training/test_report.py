@@ -19,6 +19,7 @@ from megavlm.runtime.log import LOGGER
 from megavlm.training.picture import draw_loss
 from megavlm.training.position import Position
 from megavlm.training.report import METRICS_FILE, Report, read_metrics
+from megavlm.training.throughput import Throughput
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -35,6 +36,13 @@ class OneReplica:
 
     def sum_over_replicas(self, numbers: list[float]) -> list[float]:
         return numbers
+
+
+class ThreeReplicas:
+    """One of three, which all count the same."""
+
+    def sum_over_replicas(self, numbers: list[float]) -> list[float]:
+        return [3 * number for number in numbers]
 
 
 @pytest.fixture
@@ -72,6 +80,27 @@ def test_log_line_is_megatrons(recipe: Recipe, tmp_path: Path, caplog: pytest.Lo
     messages = [record.getMessage() for record in caplog.records]
     assert any("rows.jsonl:3" in text and "cut short" in text for text in messages)
     assert any("grad_not_finite" in text for text in messages)
+
+
+def test_throughput_is_what_all_ranks_computed_in_the_time(
+    recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Megatron-LM's line has it, and of the steps since the last line only."""
+    caplog.set_level(logging.INFO, logger=LOGGER.name)
+    clock = iter([100.0, 102.0, 110.0])  # opened, after step 2, after step 4
+    monkeypatch.setattr("megavlm.training.report.time.perf_counter", lambda: next(clock))
+    throughput = Throughput(ThreeReplicas(), lambda batch: int(4e12), num_devices=6)
+    with Report(recipe, ThreeReplicas(), tmp_path, is_writer=True, iteration=0, throughput=throughput) as out:
+        for step in range(1, 5):
+            batches = [empty_batch([])] * (1 if step == 4 else 2)
+            out.step(at(step), StepResult(2.0, 10, 1.5, None), batches, lr=1e-3, data_wait=0.0)
+    lines = [record.getMessage() for record in caplog.records if "consumed samples" in record.getMessage()]
+    # 4 and 3 micro-batches of 4 TFLOP in 2 and 8 seconds, three replicas of two devices
+    for line, (milliseconds, teraflops) in zip(lines, [("1000.0", "4.000"), ("4000.0", "0.750")], strict=True):
+        assert f"(ms): {milliseconds} | throughput per GPU (TFLOP/s/GPU): {teraflops} | learning rate:" in line
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [point.value for point in events.Scalars("throughput")] == [4.0, 0.75]
 
 
 def test_steps_that_trained_nothing_do_not_count_in_the_mean(

@@ -58,6 +58,7 @@ HYBRID = {"kind": "hybrid", "every_n_layers": 2, "tag_integration": "concatenate
 X: dict[str, Any] = {**TINY, "fusion": CROSS_ATTENTION, "connector": {"kind": "mlp", "num_layers": 1}}
 H: dict[str, Any] = {**TINY, "fusion": HYBRID}
 ADDING_H: dict[str, Any] = {**TINY, "fusion": {**HYBRID, "tag_integration": "add"}}
+FLAMINGO: dict[str, Any] = {**X, "fusion": {**CROSS_ATTENTION, "feed_forward": {}, "text_sees": "last_image"}}
 ALL_PARTS = ("vision", "connector", "cross_attention", "language")
 
 

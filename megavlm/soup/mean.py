@@ -92,7 +92,9 @@ def shares(given: Sequence[float] | None, count: int) -> tuple[float, ...]:
     if given is None:
         return (1 / count,) * count
     if len(given) != count:
-        raise ValueError(f"--weights={','.join(f'{one:g}' for one in given)}: {len(given)} for {count} models.")
+        raise ValueError(
+            f"--weights={','.join(f'{one:g}' for one in given)}: {len(given)} for {count} models. Give one for each model."
+        )
     for weight in given:
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(f"--weights: {weight:g} is not above 0. Leave that model out.")

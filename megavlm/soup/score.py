@@ -67,7 +67,8 @@ def _run(command: str, folder: Path, environment: Mapping[str, str] | None) -> f
         raise ValueError(f"--score-command={command}: cannot be run ({error}). Check it.") from None
     if done.returncode != 0:
         told = (done.stderr.strip() or done.stdout.strip())[-_SHOWN:]
-        raise ValueError(f"--score-command={command}: ended with {done.returncode} for {folder}: {told}")
+        said = f"and said: {told}" if told else "and said nothing. Run it by hand to see why."
+        raise ValueError(f"--score-command={command}: ended with {done.returncode} for {folder} {said}")
     lines = done.stdout.strip().splitlines()
     try:
         number = float(lines[-1]) if lines else None

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from megavlm.batch import Batch
 from megavlm.build import Parts
 from megavlm.engines import MegatronEngine
+from megavlm.engines.feed import is_reader
 from megavlm.planning.flops import count_flops
 
 
@@ -16,7 +17,7 @@ class Throughput:
 
         Args:
             engine: adds up over the data-parallel ranks.
-            count: operations of a micro-batch, forward and backward, of the whole model.
+            count: operations of a micro-batch, forward and backward, of the whole model; right on ranks that read data.
             num_devices: ranks of the run.
         """
         self._engine = engine
@@ -29,7 +30,8 @@ class Throughput:
         self._num_operations += sum(map(self._count, batches))
 
     def take(self, seconds: float) -> float:
-        """TFLOP/s of a device over the steps since the last call, which took so long together."""
+        """TFLOP/s of a device over the steps since the last call, which took so long together. Right on ranks that read
+        data, the one that writes the log among them."""
         [total] = self._engine.sum_over_replicas([float(self._num_operations)])
         self._num_operations = 0
         return total / seconds / self._num_devices / 1e12
@@ -42,6 +44,8 @@ def throughput_of(parts: Parts, num_devices: int) -> Throughput | None:
         return None
 
     def count(batch: Batch) -> int:
+        if not is_reader():  # other ranks have no tiles
+            return 0
         flops = count_flops(
             recipe.model, batch, vocab_size=parts.tokenizer.vocab_size, trainable=recipe.training.trainable
         )

@@ -37,7 +37,7 @@ class MegatronEngineConfig(Config):
     """Recompute activations in the backward pass: whole layers, or ``recompute_modules`` of each layer."""
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: pydantic.PositiveInt | None = None
-    recompute_modules: list[str] | None = None
+    recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]] | None = None
     expert_model_parallel_size: pydantic.PositiveInt = 1
     """Data-parallel ranks that share the experts of a layer."""
     expert_tensor_parallel_size: pydantic.PositiveInt | None = None

@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -107,6 +108,7 @@ def before_wrap(model_chunks: Sequence[torch.nn.Module]) -> None:
     """Mark parameters as what they are, before DistributedDataParallel and the optimizer sort them by those marks."""
     mark_sharded_weights(model_chunks)
     mark_experts(model_chunks)
+    copy_recomputed_biases(model_chunks)
 
 
 def mark_sharded_weights(model_chunks: Sequence[torch.nn.Module]) -> None:
@@ -138,6 +140,25 @@ def mark_experts(model_chunks: Sequence[torch.nn.Module]) -> None:
             if isinstance(module, BaseMoELayer):
                 for param in module.experts.parameters():
                     param.allreduce = False
+
+
+def copy_recomputed_biases(model_chunks: Sequence[torch.nn.Module]) -> None:
+    """Let feed-forward layers that are recomputed give out a copy of their second bias.
+
+    ``transformer/mlp.py`` returns the bias itself beside the output, for a fused residual, and what
+    ``tensor_parallel.checkpoint`` returns becomes a part of the graph: the weight then has its own recomputation as
+    its origin, and the backward pass goes round for ever.
+    """
+    for chunk in model_chunks:
+        for module in chunk.modules():
+            if isinstance(module, MLP) and "mlp" in (module.config.recompute_modules or ()):
+                module.register_forward_hook(_copy_bias)
+
+
+def _copy_bias(module: torch.nn.Module, inputs: Any, outputs: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+    """Hook of an MLP."""
+    output, bias = outputs
+    return output, None if bias is None else bias.clone()
 
 
 def skip_lone_collectives(wrapped_chunks: Sequence[DistributedDataParallel]) -> None:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed
 import torch.distributed.checkpoint
 from harness import run_ranks
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -383,6 +383,44 @@ def test_t9_guard_refuses_fused_cross_entropy_in_float32() -> None:
     in_bfloat16 = _config(cross_entropy_loss_fusion=True, bf16=True, params_dtype=torch.bfloat16)
     guards.settle_config(in_bfloat16)
     assert in_bfloat16.cross_entropy_loss_fusion
+
+
+# ---- recomputation of biased layers ----------------------------------------------------------------------------------
+
+
+def _recomputed_biases(with_guard: bool) -> tuple[bool, list[bool]]:
+    """Of a feed-forward layer: whether its bias is still a leaf of the graph behind a recomputed pass, and where it is,
+    for each weight whether recomputation changes nothing of its gradient."""
+    config = _start({})
+    config.add_bias_linear, config.recompute_granularity, config.recompute_modules = True, "selective", ["mlp"]
+    layers = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    layer = MLP(config, layers, ffn_hidden_size=config.ffn_hidden_size)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    if with_guard:
+        guards.copy_recomputed_biases([torch.nn.ModuleList([layer])])
+    inputs = torch.randn(3, 2, config.hidden_size, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    def gradients(output: torch.Tensor, bias: torch.Tensor) -> list[torch.Tensor]:
+        (output + bias).square().sum().backward()
+        found = [parameter.grad.clone() for parameter in layer.parameters() if parameter.grad is not None]
+        layer.zero_grad()
+        return found
+
+    output, bias = tensor_parallel.checkpoint(layer, False, inputs)
+    if not layer.linear_fc2.bias.is_leaf:
+        return False, []
+    pairs = zip(gradients(output, bias), gradients(*layer(inputs)), strict=True)
+    return True, [torch.equal(one, other) for one, other in pairs]
+
+
+def test_a_recomputed_bias_becomes_its_own_origin() -> None:
+    """And the backward pass, which is not run here, goes round for ever."""
+    assert run_ranks(_recomputed_biases, 1, False) == [(False, [])]
+
+
+def test_a_copied_bias_is_recomputed() -> None:
+    assert run_ranks(_recomputed_biases, 1, True) == [(True, [True] * 4)]
 
 
 # ---- T7: the end of a process ----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ can only be checked on the whole is checked.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -15,7 +15,7 @@ from megavlm.engines import AnyEngineConfig, OptimizerSettings
 from megavlm.models.blip2 import QFormerTextConfig
 from megavlm.models.config import VLMConfig
 from megavlm.models.part import Trainable
-from megavlm.models.taken import PretrainedConfig, Source
+from megavlm.models.taken import PretrainedConfig
 
 Part = Literal["vision", "connector", "cross_attention", "language", "lora", "text"]
 """As ``megavlm.models.part.PARTS``."""
@@ -68,6 +68,8 @@ class TrainingConfig(Config):
     ``*`` and ranges of numbers (``vision: [encoder.layers.42-44]``). None takes back what a base recipe says."""
     lr_scale: dict[Part, pydantic.PositiveFloat] = {}
     """Part -> what its learning rate is multiplied by, from warm-up to ``min_lr``; 1 for those that are not named."""
+    weight_decay_scale: dict[Part, pydantic.NonNegativeFloat] = {}
+    """Part -> what its weight decay is multiplied by, 0 for none; 1 for those that are not named."""
     train_iters: pydantic.PositiveInt
     """Optimizer steps of the whole stage."""
     global_batch_size: pydantic.PositiveInt
@@ -98,11 +100,10 @@ class CheckpointConfig(Config):
 
     save: Path
     """The run folder: checkpoints, resolved recipe, log, pictures. A run found there is resumed."""
-    pretrained_checkpoint: Source | list[Source] | None = None
-    """Run folder whose newest weights a fresh run starts from (weights only; optimizer and data start anew), or
-    several: a vision encoder, a language model. No two may hold the same weights; ``{path: ..., take: ...}`` takes some
-    of them, also to another place (:class:`megavlm.models.taken.PretrainedConfig`). What none of them holds starts
-    fresh and must train."""
+    pretrained_checkpoint: list[PretrainedConfig] = []
+    """Run folder whose newest weights a fresh run starts from (weights only; optimizer and data start anew), or a list
+    of several: a vision encoder, a language model. No two may hold the same weights; ``{path: ..., take: [...]}`` takes
+    some of a folder, also to another place. What none of them holds starts fresh and must train."""
     save_interval: pydantic.PositiveInt | None = None
     """Steps between checkpoints; None: only at the end."""
     keep_last: pydantic.PositiveInt = 2
@@ -121,10 +122,9 @@ class CheckpointConfig(Config):
             raise ValueError("checkpoint.fall_back=true: checkpoint.verify is false, so no damage is found. Set it.")
         return self
 
-    @property
-    def pretrained_checkpoints(self) -> list[Path | PretrainedConfig]:
-        """``pretrained_checkpoint`` as a list."""
-        given = self.pretrained_checkpoint
+    @pydantic.field_validator("pretrained_checkpoint", mode="before")
+    @classmethod
+    def _read_one_or_none(cls, given: Any) -> Any:
         return [] if given is None else given if isinstance(given, list) else [given]
 
 
@@ -159,13 +159,14 @@ class Recipe(Config):
                 "tile. Raise seq_length, or let the connector give fewer tokens."
             )
         self._check_cross_attention_trains()
+        self._check_documents_see_images()
         self._check_lora_trains()
         self._check_text_side_trains()
         if self.model.learns_from_pairs:
             self._check_pairs()
         self._check_parts_of_modules_train()
         self._check_scaled_parts_train()
-        self._check_rewind_finds_checkpoints()
+        self._check_rewind_can_be_done()
         optimizer = self.training.optimizer
         if optimizer.min_lr > optimizer.lr:
             raise ValueError(f"training.optimizer.min_lr={optimizer.min_lr}: is above lr={optimizer.lr}. Lower it.")
@@ -176,9 +177,16 @@ class Recipe(Config):
             )
         return self
 
-    def _check_rewind_finds_checkpoints(self) -> None:
+    def _check_rewind_can_be_done(self) -> None:
         spike, interval = self.training.loss_spike, self.checkpoint.save_interval
-        if spike is not None and spike.action == "rewind" and interval is None:
+        if spike is None or spike.action != "rewind":
+            return
+        if self.engine.kind != "megatron":
+            raise ValueError(
+                f"training.loss_spike.action='rewind': engine.kind={self.engine.kind!r} loads a checkpoint before its "
+                "first step only. Choose skip or warn, or engine.kind=megatron."
+            )
+        if interval is None:
             raise ValueError(
                 "training.loss_spike.action='rewind': checkpoint.save_interval is not set, so there would be no "
                 f"checkpoint to go back to in {self.training.train_iters} steps. Set it, or choose skip or warn."
@@ -191,7 +199,7 @@ class Recipe(Config):
                 f"training.trainable={trainable}: model.language.lora is not given, so there is no LoRA to train. Give "
                 "it, or leave lora out."
             )
-        if lora is not None and "lora" not in trainable and not self.checkpoint.pretrained_checkpoints:
+        if lora is not None and "lora" not in trainable and not self.checkpoint.pretrained_checkpoint:
             raise ValueError(
                 f"training.trainable={trainable}: LoRA starts at zero and would stay so. Add lora, or start from "
                 "trained weights (checkpoint.pretrained_checkpoint)."
@@ -206,7 +214,7 @@ class Recipe(Config):
                 f"{' and no '.join(sorted(named))}. Name {'text' if self.model.learns_from_pairs else 'language'} in "
                 "its place, or leave it out."
             )
-        if self.model.learns_from_pairs and "text" not in trainable and not self.checkpoint.pretrained_checkpoints:
+        if self.model.learns_from_pairs and "text" not in trainable and not self.checkpoint.pretrained_checkpoint:
             raise ValueError(
                 f"training.trainable={trainable}: the text side of the Q-Former starts untrained and would stay so. "
                 "Add text, or start from trained weights (checkpoint.pretrained_checkpoint)."
@@ -255,15 +263,22 @@ class Recipe(Config):
 
     def _check_scaled_parts_train(self) -> None:
         training = self.training
-        if frozen := sorted(training.lr_scale.keys() - set(training.trainable)):
+        scales = {"lr_scale": training.lr_scale, "weight_decay_scale": training.weight_decay_scale}
+        for key, of_parts in scales.items():
+            if frozen := sorted(of_parts.keys() - set(training.trainable)):
+                raise ValueError(
+                    f"training.{key}={of_parts}: names {', '.join(frozen)}, and "
+                    f"training.trainable={training.trainable}. Train the part, or leave it out."
+                )
+
+    def _check_documents_see_images(self) -> None:
+        probability, route = self.data.next_image_probability, self.model.fusion.tile_route
+        if probability > 0.0 and not (route.uses_context and route.text_sees == "last_image"):
+            sees = "" if not route.uses_context else f" with text_sees={route.text_sees!r}"
             raise ValueError(
-                f"training.lr_scale={training.lr_scale}: names {', '.join(frozen)}, and "
-                f"training.trainable={training.trainable}. Train the part, or leave it out."
-            )
-        if training.lr_scale and self.engine.kind != "megatron":
-            raise ValueError(
-                f"training.lr_scale={training.lr_scale}: engine.kind={self.engine.kind!r} has one learning rate. Leave "
-                "it out, or use megatron."
+                f"data.next_image_probability={probability}: is about text that sees one image by cross-attention, and "
+                f"the model has model.fusion.kind={self.model.fusion.kind!r}{sees}. Set it to 0, or "
+                "model.fusion.text_sees to last_image."
             )
 
     def _check_cross_attention_trains(self) -> None:
@@ -274,7 +289,7 @@ class Recipe(Config):
                 f"training.trainable={trainable}: model.fusion.kind={kind} has none, so nothing would train. Choose "
                 "another fusion or other parts."
             )
-        starts_closed = has_cross_attention and not self.checkpoint.pretrained_checkpoints
+        starts_closed = has_cross_attention and not self.checkpoint.pretrained_checkpoint
         if starts_closed and "cross_attention" not in trainable:
             raise ValueError(
                 f"training.trainable={trainable}: the cross-attention of model.fusion.kind={kind} starts untrained and "

@@ -35,7 +35,7 @@ def count_batch(recipe: Recipe, batch: Batch, vocab_size: int) -> tuple[Counter[
     if batch.tiles.shape[0]:
         useful.update({part: everything[part] for part in ("vision", "connector")})
     for row, length in enumerate(row_lengths(batch)):
-        useful.update(_count_row(count, batch, row, length))
+        useful.update(_count_row(count, batch, row, length, recipe.model.gated_feed_forward is not None))
     # experts with a capacity are rounded up for each row
     return everything, Counter({part: min(useful[part], everything[part]) for part in COUNTED if useful[part]})
 
@@ -47,8 +47,14 @@ def row_lengths(batch: Batch) -> list[int]:
     return batch.row_lengths.tolist()
 
 
-def _count_row(count: Callable[[Batch], Counter[str]], batch: Batch, row: int, length: int) -> Counter[str]:
-    """The decoder's operations for one row without its padding."""
+def _count_row(
+    count: Callable[[Batch], Counter[str]], batch: Batch, row: int, length: int, has_gated_block: bool
+) -> Counter[str]:
+    """The decoder's operations for one row without its padding.
+
+    Cross-attention is of no use to a row without tiles, unless a gated feed-forward layer belongs to it: then it
+    counts, as if to one token of context.
+    """
     loss_mask = batch.loss_mask[row : row + 1, :length]
     if not loss_mask.any():
         return Counter()
@@ -60,6 +66,6 @@ def _count_row(count: Callable[[Batch], Counter[str]], batch: Batch, row: int, l
         loss_mask=loss_mask,
         context_length=context_length or min(1, batch.context_length),
     )
-    parts = ["language", "experts", "router"] + (["cross_attention"] if context_length else [])
+    parts = ["language", "experts", "router"] + (["cross_attention"] if context_length or has_gated_block else [])
     counted = count(alone)
     return Counter({part: counted[part] for part in parts})

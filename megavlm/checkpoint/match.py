@@ -132,6 +132,8 @@ def check_allowed(
         )
     else:
         remedy = "Check the model part of the recipe against the checkpoint's recipe.yaml."
+        if any(key.startswith("vision.encoders.") for key in missing):
+            remedy = "One of several encoders comes from an encoder alone by take: {vision.encoders.0: vision}."
     raise ValueError(f"{folder}: does not fit the model: {' and '.join(parts)}. {remedy}")
 
 

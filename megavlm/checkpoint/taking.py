@@ -30,8 +30,8 @@ def offered(metadata: Metadata, names: Mapping[str, str], folder: Path) -> Metad
         if not any(lies_in(key, there) for key in held):
             parts = ", ".join(sorted({part_of(key) for key in held}))
             raise ValueError(
-                f"{folder}: holds no {there}, which checkpoint.pretrained_checkpoint.take asks for; its parts are {parts}."
-                " Take what it has, or check the path."
+                f"{folder}: holds no {there}, which checkpoint.pretrained_checkpoint.take asks for; its parts are "
+                f"{parts}. Take what it has, or check the path."
             )
     return Metadata({key: value for key, value in held.items() if any(lies_in(key, name) for name in names.values())})
 
@@ -71,4 +71,4 @@ def ask(state: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     taken, _ = extract_matching_values(state, is_taken)
     for leaf in nested_values(taken):
         leaf.key = moved(leaf.key, names)
-    return taken
+    return {chunk: {} for chunk in state} | taken  # a pipeline stage may have nothing of it

@@ -48,7 +48,7 @@ CANNOT_CARRY: dict[str, tuple[Reason, ...]] = {
         ),
         Reason(
             "its cross-attention layers are whole blocks in the place of decoder layers, each with a gated "
-            "feed-forward layer of its own; ours stands inside a decoder layer, between self-attention and feed-forward",
+            "feed-forward layer of its own; ours stands inside a decoder layer, before its feed-forward layer",
             lambda model: model.gated_feed_forward is None,
         ),
         Reason(

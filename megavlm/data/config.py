@@ -43,6 +43,9 @@ class DataConfig(Config):
     loss_weighting: LossWeighting = "token"
     """How much a token's loss counts: ``token`` (all alike), ``sample`` (each turn alike) or ``square_root`` (of the
     length of its turn). Validation counts all alike."""
+    next_image_probability: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)
+    """How likely the text of a document (interleaved data: rows of ``text`` or ``texts``) sees by cross-attention, in
+    training, the image behind it in place of the one before it; drawn for each document. Flamingo: 0.5."""
     packing: PackingConfig | None = None
     """Several samples in a row; None: one."""
     balancing: BalancingConfig | None = None
@@ -55,7 +58,8 @@ class DataConfig(Config):
     thumbnail_tag: str = pydantic.Field(default="<tile_global_thumbnail>", min_length=1)
     """Tag of the thumbnail, and of the tile of a single-tile image. NVLM 34B: ``<tile_global>``."""
     image_wrapper: ImageWrapper = "nvlm"
-    """The text around an image: ``nvlm`` (``<Image>...</Image>``), ``internvl`` (``<img>...</img>``) or ``none``."""
+    """The text around an image: ``nvlm`` (``<Image>...</Image>``), ``internvl`` (``<img>...</img>``), ``minigpt4``
+    (``<Img>...</Img>``) or ``none``."""
     chat_template: str = "chatml"
     """How a conversation is written; one of ``megavlm.data.chat_template.CHAT_TEMPLATES``."""
     system_prompt: str | None = None

@@ -3,6 +3,7 @@
 Whoever needs a number of tokens asks here. Shape letters: S tokens, T tiles, I images.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,9 @@ from megavlm.batch import TileRoute
 from megavlm.data.encoding import ImageSlot, TokenRun
 from megavlm.data.sample import Sample
 from megavlm.data.tilings import TileLayout
+
+TextSees = Literal["all_images", "last_image", "next_image"]
+"""The images that text sees by cross-attention: those before it in its sample, the last of them, or the one behind."""
 
 LossWeighting = Literal["token", "sample", "square_root"]
 """How much a token's loss counts: all alike; so that each turn counts alike; or as the square root of its turn's length
@@ -154,23 +158,23 @@ def expand(
     runs: Sequence[TokenRun | ImageSlot],
     images: Sequence[ImageTokens],
     image_token_id: int,
-    text_sees: Literal["all_images", "last_image"] = "all_images",
+    text_sees: TextSees = "all_images",
     loss_weighting: LossWeighting = "token",
 ) -> Expansion:
     """Put the images' tokens into their slots.
 
     Tags and image tokens are not trained, and so the position before them predicts nothing. What a token may see by
     cross-attention: a tile's tag sees that tile; so do its image tokens, unless other tiles of their image are in the
-    context: then (the thumbnail of NVLM-H) they see those. Text sees the images before it in the sample by
-    ``text_sees``, and nothing (an empty range) where there is none. Sources: NVLM (arXiv 2409.11402) section 4.3 for
-    tags, Flamingo (arXiv 2204.14198) section 2.3 for ``last_image``; NVLM names no rule for other text, nor for the
-    thumbnail.
+    context: then (the thumbnail of NVLM-H) they see those. Text sees what ``text_sees`` says of the images of its
+    sample, and nothing (an empty range) where there is none. Sources: NVLM (arXiv 2409.11402) section 4.3 for tags,
+    Flamingo (arXiv 2204.14198) section 2.3 for ``last_image`` and appendix A.3.2 for ``next_image``; NVLM names no rule
+    for other text, nor for the thumbnail.
 
     Args:
         runs: of :func:`encode_segments`.
         images: one for each slot.
         image_token_id: what stands at the positions of image features.
-        text_sees: which images before it a token of text may see.
+        text_sees: which images a token of text may see.
         loss_weighting: how much a token's loss counts.
 
     Raises:
@@ -184,8 +188,9 @@ def expand(
     turns: list[int] = []
     visible: list[tuple[int, int]] = []
     spans: list[tuple[int, int]] = []
-    seen_by_text = (0, 0)
-    supply = iter(images)
+    ends = list(itertools.accumulate((len(image.tiles) for image in images), initial=0))
+    seen_by_text = _tiles_of_text(text_sees, ends, 0)
+    num_before = 0
     for run in runs:
         if isinstance(run, TokenRun):
             ids += run.ids
@@ -193,15 +198,16 @@ def expand(
             turns += [run.turn] * len(run.ids)
             visible += [seen_by_text] * len(run.ids)
             continue
-        image = next(supply)
-        all_of_image = (len(spans), len(spans) + len(image.tiles))
+        image = images[num_before]
+        all_of_image = (ends[num_before], ends[num_before + 1])
+        num_before += 1
         for tile in image.tiles:
             this_tile = (len(spans), len(spans) + 1)
             visible += [this_tile] * len(tile.tag_ids)
             visible += [all_of_image if image.uses_context else this_tile] * tile.num_image_tokens
             spans.append((len(ids) + len(tile.tag_ids), len(ids) + tile.num_tokens))
             ids += [*tile.tag_ids, *[image_token_id] * tile.num_image_tokens]
-        seen_by_text = all_of_image if text_sees == "last_image" else (0, len(spans))
+        seen_by_text = _tiles_of_text(text_sees, ends, num_before)
         visible += [seen_by_text] * len(image.closing_ids)
         ids += image.closing_ids
         weights += [0.0] * image.num_tokens
@@ -219,6 +225,15 @@ def expand(
         tile_tags=_padded([tile.context_tag_ids for tile in tiles]),
         tokens_per_image=tuple(image.num_tokens for image in images),
     )
+
+
+def _tiles_of_text(text_sees: TextSees, ends: Sequence[int], num_before: int) -> tuple[int, int]:
+    """The tiles that text behind ``num_before`` images sees; ``ends``: 0, and where the tiles of each image end."""
+    if text_sees == "next_image":
+        return (ends[num_before], ends[num_before + 1]) if num_before + 1 < len(ends) else (0, 0)
+    if num_before == 0 or text_sees == "all_images":
+        return (0, ends[num_before])
+    return (ends[num_before - 1], ends[num_before])
 
 
 def _loss_mask(weights: Sequence[float], turns: Sequence[int], weighting: LossWeighting) -> Tensor:

@@ -1,5 +1,7 @@
 """Makes a sample of a conversation: reads its images, fits its tiles into the sequence, expands its tokens."""
 
+import copy
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,7 +13,7 @@ from megavlm.data.chat_template import CHAT_TEMPLATES, Segment, Special, render,
 from megavlm.data.config import DataConfig
 from megavlm.data.conversation import Conversation, ImageRef
 from megavlm.data.encoding import encode_segments, special_token_id
-from megavlm.data.expansion import ImageTokens, expand, route_image
+from megavlm.data.expansion import ImageTokens, TextSees, expand, route_image
 from megavlm.data.fitting import Fitter, OverLengthError, OverLengthPolicy, PlannedImage, SamplePlan
 from megavlm.data.image import ImageError, load_image, read_image_size
 from megavlm.data.sample import Prompt, Sample, SampleError
@@ -53,6 +55,7 @@ class SampleProcessor:
         self.tokens_per_tile = tokens_per_tile
         self.route = route
         self.pairs_only = pairs_only
+        self._seed: int | None = None
         self.tiling = config.tiling.build(tile_size)
         self._template = CHAT_TEMPLATES[config.chat_template]
         for special in self._template.specials:
@@ -69,6 +72,11 @@ class SampleProcessor:
         ends = [piece for piece in self._template.assistant_suffix if isinstance(piece, Special)]
         return frozenset([self.tokenizer.eos_id, *(special_token_id(piece, self.tokenizer) for piece in ends[:1])])
 
+    @property
+    def stop_text(self) -> str:
+        """The text that ends an answer where the template has no special symbol for that; otherwise nothing."""
+        return self._template.stop_text
+
     def __call__(self, key: str, conversation: Conversation) -> Sample:
         """Make the training sample of a conversation.
 
@@ -81,7 +89,17 @@ class SampleProcessor:
                 too long with every image at its fewest tiles (``over_length``), or is no pair and must be one
                 (``not_a_pair``).
         """
-        return self._make(key, self.plan(key, conversation))
+        return self._make(key, self.plan(key, conversation), self._text_sees(key, conversation))
+
+    def for_training(self, seed: int) -> "SampleProcessor":
+        """Return one that draws which images the text of a document sees (``data.next_image_probability``).
+
+        What is drawn depends on the seed and on what ``key`` says behind its last ``/``, and on nothing else: it is the
+        same in every epoch, on every rank, and in a run that is resumed.
+        """
+        drawing = copy.copy(self)
+        drawing._seed = seed
+        return drawing
 
     def measure(self, key: str, conversation: Conversation) -> tuple[int, int]:
         """Return how many tokens and tiles the training sample of a conversation has, from its images' headers.
@@ -113,7 +131,8 @@ class SampleProcessor:
             SampleError: as for a training sample; a prompt that is too long is never cut.
         """
         segments = render_prompt(self._template, conversation, self.config.system_prompt)
-        return Prompt(self._make(key, self._fit(key, segments, "skip")), _reference(conversation))
+        plan = self._fit(key, segments, "skip")
+        return Prompt(self._make(key, plan, self.route.text_sees), _reference(conversation))
 
     def image_tokens(self, layout: TileLayout, image_size: tuple[int, int], image_index: int = 0) -> ImageTokens:
         """Return the tokens that stand for an image.
@@ -137,7 +156,16 @@ class SampleProcessor:
         closing_ids = tuple(self.tokenizer.encode(closing)) if closing else ()
         return route_image(tag_ids, layout, self.tokens_per_tile, self.route, closing_ids)
 
-    def _make(self, key: str, plan: SamplePlan) -> Sample:
+    def _text_sees(self, key: str, conversation: Conversation) -> TextSees:
+        """Which images the text of a training sample sees. Flamingo (arXiv 2204.14198), appendix A.3.2."""
+        probability = self.config.next_image_probability
+        if self._seed is None or not conversation.is_document or probability == 0.0:
+            return self.route.text_sees
+        digest = hashlib.blake2b(f"{self._seed}:{key.rpartition('/')[2]}".encode(), digest_size=8).digest()
+        is_next = int.from_bytes(digest, "big") < probability * 2**64
+        return "next_image" if is_next else self.route.text_sees
+
+    def _make(self, key: str, plan: SamplePlan, text_sees: TextSees) -> Sample:
         try:
             tiles = self._cut(plan.images)
         except ImageError as error:
@@ -146,7 +174,7 @@ class SampleProcessor:
             plan.runs,
             [image.tokens for image in plan.images],
             self.tokenizer.image_token_id,
-            self.route.text_sees,
+            text_sees,
             self.config.loss_weighting,
         )
         return replace(

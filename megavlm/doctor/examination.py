@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megavlm.doctor.machine import Machine, look_at_machine
-from megavlm.doctor.package import DISTRIBUTIONS, Finding, find_packages
+from megavlm.doctor.package import ASYNC_IO, DISTRIBUTIONS, Finding, find_packages
 from megavlm.doctor.padding import Padding, plan_padding
 from megavlm.doctor.path import Path, can_fuse, find_paths
-from megavlm.engines import MegatronEngineConfig
+from megavlm.engines import DeepSpeedEngineConfig, MegatronEngineConfig
 from megavlm.engines.fp8 import recipes_of
 from megavlm.recipe import Recipe
 
@@ -58,10 +59,24 @@ def examine(recipe: Recipe | None, machine: Machine | None = None) -> Examinatio
     if engine.backend == "transformer_engine" and not can_fuse(machine):
         lacking = "Transformer Engine is not installed" if machine.has_gpu else "there is no GPU"
         problems.append(f"engine.backend=transformer_engine: {lacking}. Set engine.backend=torch, or mend that.")
+    problems += _deepspeed_problems(engine, findings)
     if recipe is not None:
         problems += [f"{path.module}: {path.path} ({path.lost})" for path in paths if path.path.startswith("FAILS")]
     fp8_recipes = recipes_of(machine.capability, machine.cuda) if machine.has_gpu else []
     return Examination(machine, findings, fp8_recipes, paths, padding, problems)
+
+
+def _deepspeed_problems(engine: MegatronEngineConfig, findings: Iterable[Finding]) -> list[str]:
+    """What an engine lacks that a machine without it may lack."""
+    if not isinstance(engine, DeepSpeedEngineConfig):
+        return []
+    missing = {found.name: found for found in findings if found.status == "missing"}
+    problems = []
+    if lost := missing.get("deepspeed"):
+        problems.append(f"engine.kind=deepspeed: DeepSpeed is not installed. {lost.mend}")
+    if engine.uses_nvme and (lost := missing.get(ASYNC_IO)):
+        problems.append(f"engine.nvme_path={engine.nvme_path}: {lost.note}. {lost.mend}")
+    return problems
 
 
 def to_json(examination: Examination) -> str:

@@ -2,8 +2,13 @@
 
 import importlib.metadata
 import importlib.util
+import os
+import shlex
 import shutil
-from collections.abc import Iterable, Mapping
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +21,14 @@ _COMPILERS = ("cc", "gcc", "clang")
 _SCHEDULERS = ("sbatch", "srun")
 KERNELS = ("fused_weight_gradient_mlp_cuda", "amp_C")
 """Modules that Apex builds only when it is asked to."""
+BUILD_NEEDS = {
+    "a C++ compiler": "g++",
+    "libaio": "libaio-dev",
+    "Python.h": "python3-dev",
+    "ninja": "ninja-build",
+}
+"""What DeepSpeed compiles its async_io operator with -> the Debian package that has it."""
+_USES_LIBAIO = "#include <libaio.h>\nint main() { return io_submit(0, 0, 0); }\n"
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,8 @@ class Machine:
     """C compiler, which Triton wants when kernels first run."""
     scheduler: str | None
     """Command of SLURM."""
+    build_lacks: tuple[str, ...] = ()
+    """Keys of :data:`BUILD_NEEDS` that are not here."""
 
     @property
     def has_gpu(self) -> bool:
@@ -77,7 +92,28 @@ def look_at_machine(distributions: Iterable[str]) -> Machine:
         has_driver=_NVIDIA_DRIVER.exists(),
         compiler=_first(_COMPILERS),
         scheduler=_first(_SCHEDULERS),
+        build_lacks=tuple(_build_lacks()),
     )
+
+
+def _build_lacks() -> Iterator[str]:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))  # torch's choice, which DeepSpeed compiles with
+    has_compiler = shutil.which(compiler[0]) is not None
+    if not has_compiler:
+        yield "a C++ compiler"
+    if not (_links_libaio(compiler) if has_compiler else Path("/usr/include/libaio.h").exists()):
+        yield "libaio"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        yield "Python.h"
+    if shutil.which("ninja") is None:
+        yield "ninja"
+
+
+def _links_libaio(compiler: list[str]) -> bool:
+    """Whether a program that uses libaio is compiled here, wherever its header and library lie."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*compiler, "-x", "c++", "-", "-laio", "-o", f"{folder}/program"]
+        return subprocess.run(command, input=_USES_LIBAIO, text=True, capture_output=True).returncode == 0
 
 
 def _first(commands: Iterable[str]) -> str | None:

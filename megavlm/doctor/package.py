@@ -5,7 +5,7 @@ from typing import Literal
 
 from packaging.specifiers import SpecifierSet
 
-from megavlm.doctor.machine import Machine
+from megavlm.doctor.machine import BUILD_NEEDS, Machine
 
 _GPU_INSTALL = "pip install --no-build-isolation -r requirements-gpu.txt"
 _CORE_INSTALL = "pip install -c constraints.txt -r requirements.txt"
@@ -30,8 +30,9 @@ class Package:
     """Whether its absence means nothing on a machine without a GPU."""
 
 
+# The ranges are those of requirements*.txt; a test compares them.
 PACKAGES: tuple[Package, ...] = (
-    Package("torch", ">=2.11,<2.14", "==2.13.*", "nothing runs", _CORE_INSTALL, is_needed=True),
+    Package("torch", ">=2.11,<2.14", ">=2.13,<2.14", "nothing runs", _CORE_INSTALL, is_needed=True),
     Package("megatron-core", "==0.16.1", "==0.16.1", "nothing runs", _CORE_INSTALL, is_needed=True),
     Package("transformers", ">=5.20,<6", ">=5.20,<6", "no tokenizers of Hugging Face", _CORE_INSTALL, is_needed=True),
     Package(
@@ -69,10 +70,10 @@ PACKAGES: tuple[Package, ...] = (
     ),
     Package(
         "deepspeed",
-        ">=0.18",
-        "",
-        "no ZeRO with offload",
-        "pip install deepspeed",
+        ">=0.19.8,<0.20",
+        ">=0.19.8,<0.20",
+        "no ZeRO (engine.kind=deepspeed)",
+        "DS_BUILD_OPS=0 pip install -c constraints.txt -r requirements-deepspeed.txt",
     ),
     Package(
         "nv-grouped-gemm",
@@ -83,6 +84,9 @@ PACKAGES: tuple[Package, ...] = (
         only_gpu=True,
     ),
 )
+
+ASYNC_IO = "deepspeed's async_io"
+"""Name of the finding that is no package."""
 
 Status = Literal["ok", "untested", "missing", "misfit"]
 
@@ -114,7 +118,16 @@ def find_packages(machine: Machine) -> list[Finding]:
         if problem := _PARTNERS.get(package.name, _no_partner)(machine):
             status, note = "misfit", problem
         findings.append(Finding(package.name, version, status, note, package.mend if status == "misfit" else ""))
-    return findings
+    return [*findings, _find_async_io(machine)]
+
+
+def _find_async_io(machine: Machine) -> Finding:
+    """DeepSpeed's operator for NVMe, which is compiled where it is used."""
+    if not machine.build_lacks:
+        return Finding(ASYNC_IO, None, "ok", "compiled when engine.nvme_path is first used", "")
+    lacks = f"no offload to NVMe (engine.nvme_path): {', '.join(machine.build_lacks)} not found"
+    packages = " ".join(BUILD_NEEDS[name] for name in machine.build_lacks)
+    return Finding(ASYNC_IO, None, "missing", lacks, f"apt-get install {packages}")
 
 
 def _judge(package: Package, version: str) -> tuple[Status, str]:

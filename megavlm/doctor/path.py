@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megavlm.doctor.machine import Machine
 from megavlm.doctor.package import CORES
-from megavlm.engines import MegatronEngineConfig
+from megavlm.engines import DeepSpeedEngineConfig, MegatronEngineConfig
 from megavlm.engines.fp8 import chip_problem
 from megavlm.models.config import VLMConfig
 
@@ -44,7 +44,7 @@ def find_paths(machine: Machine, engine: MegatronEngineConfig, model: VLMConfig 
         Path("softmax", "inside the attention kernels; no scores are held"),
         *([_experts(machine, engine)] if has_experts else []),
         _accumulation(machine, engine),
-        _optimizer(machine),
+        _optimizer(machine, engine),
         Path("communication", f"nccl {machine.nccl}" if machine.has_gpu else "gloo"),
     ]
     return paths + _fp8(machine, engine, model)
@@ -165,7 +165,10 @@ def _accumulation(machine: Machine, engine: MegatronEngineConfig) -> Path:
     )
 
 
-def _optimizer(machine: Machine) -> Path:
+def _optimizer(machine: Machine, engine: MegatronEngineConfig) -> Path:
+    if isinstance(engine, DeepSpeedEngineConfig):
+        where = f", on {engine.offload_optimizer}" if engine.offload_optimizer else ""
+        return Path("optimizer", f"AdamW of torch, fused over tensors, under ZeRO-{engine.zero_stage}{where}")
     if can_fuse(machine):
         return Path("optimizer", "Transformer Engine's FusedAdam")
     if machine.has_gpu and "amp_C" in machine.kernels:

@@ -20,7 +20,12 @@ ENGINES: dict[str, type] = {
 
 
 def _megatron_unless_said(given: Any) -> Any:
-    return {"kind": "megatron", **given} if isinstance(given, Mapping) else given
+    if not isinstance(given, Mapping):
+        return given
+    if given.get("kind", "megatron") == "megatron":
+        for name in given.keys() & (DeepSpeedEngineConfig.model_fields.keys() - MegatronEngineConfig.model_fields):
+            raise ValueError(f"engine.{name}={given[name]}: is of engine.kind=deepspeed. Set that, or leave it out.")
+    return {"kind": "megatron", **given}
 
 
 AnyEngineConfig = Annotated[

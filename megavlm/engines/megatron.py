@@ -23,7 +23,7 @@ from megavlm.batch import Batch
 from megavlm.engines import fp8, guards
 from megavlm.engines.config import MegatronEngineConfig, OptimizerSettings
 from megavlm.engines.fused_adam import FusedAdam
-from megavlm.engines.lr_scale import config_overrides
+from megavlm.engines.parameter_group import config_overrides
 from megavlm.engines.rank_talk import RankTalk
 from megavlm.engines.step import LossSums, Stage, StepResult
 from megavlm.runtime import current_device
@@ -154,7 +154,7 @@ class MegatronEngine(RankTalk):
         return self._optimizer
 
     def build_optimizer(self, settings: OptimizerSettings) -> MegatronOptimizer:
-        """Make the optimizer of the parameters that train, with the learning rates of ``lr_scale.py``."""
+        """Make the optimizer of the parameters that train, in the groups of ``parameter_group.py``."""
         config = OptimizerConfig(
             optimizer="adam",
             lr=settings.lr,

@@ -105,7 +105,10 @@ def open_source(recipe: Recipe, split: Split) -> Source:
     config = recipe.data.train if split == "train" else recipe.data.valid
     if config is None:
         raise ValueError(f"--split={split}: the recipe has no data.{split}. Name some, or use --split train.")
-    return Source(recipe, split, config.build(), build_processor(recipe))
+    processor = build_processor(recipe)
+    return Source(
+        recipe, split, config.build(), processor.for_training(recipe.training.seed) if split == "train" else processor
+    )
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def show_data(
     if num_samples < 1 or start < 0:
         raise ValueError(f"--num={num_samples}, --start={start}: must be at least 1 and 0.")
     dataset = recipe.data.train.build()
-    source = Source(recipe, "train", dataset, build_processor(recipe))
+    source = Source(recipe, "train", dataset, build_processor(recipe).for_training(recipe.training.seed))
     for row in dataset.bad_rows:
         console.print(f"unusable row: {row}", markup=False, highlight=False)
     positions = range(start, start + num_samples)

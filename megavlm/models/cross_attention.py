@@ -2,7 +2,7 @@
 
 Order in a layer, as in NVLM (arXiv 2409.11402, figure 3): self-attention, gated cross-attention, feed-forward. The
 gate is Flamingo's (arXiv 2204.14198): tanh of a scalar that normally starts at zero, so that a fresh layer changes
-nothing. Keys carry no positions.
+nothing. Keys carry no positions. Flamingo's own order is that of :mod:`megavlm.models.gated_block`.
 
 Shape letters: S tokens, N rows, C tokens of a row's context, H heads (of this tensor-parallel rank), G key/value
 groups, D channels of a head.

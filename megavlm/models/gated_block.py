@@ -50,18 +50,14 @@ class GatedBlockSpec:
         block_config.gated_linear_unit = self.is_swiglu
         block_config.activation_func = F.silu if self.is_swiglu else squared_relu
         block_config.bias_activation_fusion = config.bias_activation_fusion and self.is_swiglu  # there is no other
-        mlp = MLPSubmodules(
-            linear_fc1=self.backend.column_parallel_linear, linear_fc2=self.backend.row_parallel_linear
-        )
+        mlp = MLPSubmodules(linear_fc1=self.backend.column_parallel_linear, linear_fc2=self.backend.row_parallel_linear)
         nothing_before = ModuleSpec(
             module=TransformerLayer,
             submodules=TransformerLayerSubmodules(
                 pre_mlp_layernorm=self.backend.norm,
                 mlp=ModuleSpec(module=MLP, submodules=mlp),
                 # megatron-core hands its config to the residual of cross-attention only
-                mlp_bda=ModuleSpec(
-                    module=GatedResidual, params={"config": block_config, "gate_init": self.gate_init}
-                ),
+                mlp_bda=ModuleSpec(module=GatedResidual, params={"config": block_config, "gate_init": self.gate_init}),
             ),
         )
         block = with_cross_attention(nothing_before, self.backend, gate_init=self.gate_init)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pydantic
 
@@ -15,58 +15,63 @@ _PREFIXES = frozenset({"vision", "connector", "language"})
 
 
 class PretrainedConfig(Config):
-    """Weights of a run folder that a fresh run starts from, chosen by name."""
+    """Weights of a run folder that a fresh run starts from. A recipe may give the folder alone."""
 
     path: Path
     """The run folder."""
-    take: list[str] | dict[str, str] = pydantic.Field(min_length=1)
-    """What to take of it: parts, or modules below them (``[vision, connector.projection]``). With other names in this
-    model: the name here, then the name there (``{vision.encoders.1: vision}``)."""
+    take: dict[str, str] | None = pydantic.Field(None, min_length=1)
+    """What to take of it, as name in this model -> name there: parts, or modules below them (``{vision.encoders.1:
+    vision}``); as a list where the names are the same (``[vision, connector.projection]``). None: all of it."""
 
-    @pydantic.model_validator(mode="after")
-    def _names_are_known(self) -> "PretrainedConfig":
-        for here, there in self.names.items():
-            self._check_name(here)
-            self._check_name(there)
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _read_folder(cls, given: Any) -> Any:
+        return given if isinstance(given, Mapping | PretrainedConfig) else {"path": given}
+
+    @pydantic.field_validator("take", mode="before")
+    @classmethod
+    def _read_names(cls, given: Any) -> Any:
+        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+            return given
+        if len(set(given)) < len(given):
+            raise _error(given, "a name is there twice. Take it once")
+        return {name: name for name in given}
+
+    @pydantic.field_validator("take")
+    @classmethod
+    def _names_are_known(cls, take: dict[str, str] | None) -> dict[str, str] | None:
+        if take is None:
+            return None
+        for here, there in take.items():
+            for name in (here, there):
+                part, *modules = name.split(".")
+                if part not in PARTS:
+                    raise _error(take, f"{name!r} begins with no part. Parts are {', '.join(PARTS)}")
+                if modules and (part not in _PREFIXES or not all(modules)):
+                    raise _error(take, f"{name!r} is no module. Name the part {part} as a whole")
             part = here.split(".")[0]
             if part != there.split(".")[0]:
-                raise self._error(f"{there} cannot become {here}, which is of another part. Name modules of one part")
+                raise _error(take, f"{there} cannot become {here}, which is of another part. Name modules of one part")
             if here != there and part not in _PREFIXES:
-                raise self._error(f"the part {part} lies inside others. Take it whole, under its name")
-        for names in (list(self.take), list(self.names.values())):
-            if twice := overlapping(names):
-                raise self._error(
-                    f"{twice} is taken twice. Take it once; for two places make two entries of {self.path}"
-                )
-        return self
-
-    def _check_name(self, name: str) -> None:
-        part, *modules = name.split(".")
-        if part not in PARTS:
-            raise self._error(f"{name!r} begins with no part. Parts are {', '.join(PARTS)}")
-        if modules and (part not in _PREFIXES or not all(modules)):
-            raise self._error(
-                f"{name!r} names no module. Name the part {part}, or a module as vision.encoders.1 is one"
-            )
-
-    def _error(self, what: str) -> ValueError:
-        return ValueError(f"checkpoint.pretrained_checkpoint.take={self.take}: {what}.")
-
-    @property
-    def names(self) -> Mapping[str, str]:
-        """Name in this model -> name in the run's."""
-        return self.take if isinstance(self.take, dict) else {name: name for name in self.take}
+                raise _error(take, f"the part {part} lies inside others. Take it whole, under its name")
+        for names in (take.keys(), take.values()):
+            if twice := _overlapping(names):
+                raise _error(take, f"{twice} is taken twice. Take it once, or in two entries of the same path")
+        return take
 
 
-def _shape_of(value: Any) -> str:
-    return "some" if isinstance(value, Mapping | PretrainedConfig) else "all"
+def _error(take: Any, what: str) -> ValueError:
+    return ValueError(f"checkpoint.pretrained_checkpoint.take={take}: {what}.")
 
 
-Source = Annotated[
-    Annotated[Path, pydantic.Tag("all")] | Annotated[PretrainedConfig, pydantic.Tag("some")],
-    pydantic.Discriminator(_shape_of),
-]
-"""A run folder that all weights are taken of, or some."""
+def _overlapping(names: Iterable[str]) -> str | None:
+    """Return a name that lies in another, or is there twice; None if there is none."""
+    for one, other in combinations(names, 2):
+        if one == other or one.startswith(f"{other}."):
+            return one
+        if other.startswith(f"{one}."):
+            return other
+    return None
 
 
 def lies_in(key: str, name: str) -> bool:
@@ -82,18 +87,8 @@ def lies_in(key: str, name: str) -> bool:
 
 
 def moved(key: str, names: Mapping[str, str]) -> str | None:
-    """Return what a weight is called elsewhere; None if none of ``names`` (name of its place -> name there) holds it."""
+    """Return what a weight is called elsewhere, by ``names`` (name of its place -> name there); None: none holds it."""
     for here, there in names.items():
         if lies_in(key, here):
             return key if here == there else f"{there}{key[len(here) :]}"
-    return None
-
-
-def overlapping(names: Iterable[str]) -> str | None:
-    """Return a name that is there twice, or lies in another; None if there is none."""
-    for one, other in combinations(names, 2):
-        if one == other or one.startswith(f"{other}."):
-            return one
-        if other.startswith(f"{one}."):
-            return other
     return None

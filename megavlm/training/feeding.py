@@ -75,9 +75,10 @@ def build_training_loader(parts: Parts, dataset: Dataset, progress: Progress | N
         "progress": progress,
         "timeout_seconds": recipe.data.worker_timeout_seconds,
     }
+    processor = parts.processor.for_training(recipe.training.seed)
     if recipe.data.packing is not None:
-        return PackedLoader(dataset, parts.processor, recipe.data.packing, **settings)
-    return Loader(dataset, parts.processor, **settings)
+        return PackedLoader(dataset, processor, recipe.data.packing, **settings)
+    return Loader(dataset, processor, **settings)
 
 
 def build_validation_loader(parts: Parts, dataset: Dataset) -> Loader:

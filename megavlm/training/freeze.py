@@ -40,7 +40,21 @@ def scale_learning_rates(chunks: Sequence[torch.nn.Module], scales: Mapping[Any,
         chunks: this rank's (unwrapped) model chunks; their parameters get the attribute ``lr_scale``.
         scales: part of ``megavlm.models.part.PARTS`` -> factor; 1 for those that are not named.
     """
+    _mark(chunks, "lr_scale", scales)
+
+
+def scale_weight_decay(chunks: Sequence[torch.nn.Module], scales: Mapping[Any, float]) -> None:
+    """Say what the weight decay of each part is multiplied by, before the engine makes its optimizer.
+
+    Args:
+        chunks: this rank's (unwrapped) model chunks; their parameters get the attribute ``weight_decay_scale``.
+        scales: as in :func:`scale_learning_rates`.
+    """
+    _mark(chunks, "weight_decay_scale", scales)
+
+
+def _mark(chunks: Sequence[torch.nn.Module], attribute: str, scales: Mapping[Any, float]) -> None:
     assert scales.keys() <= set(PARTS), scales
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            parameter.lr_scale = float(scales.get(part_of(name), 1.0))  # type: ignore[attr-defined]
+            setattr(parameter, attribute, float(scales.get(part_of(name), 1.0)))

@@ -17,7 +17,7 @@ from megavlm.models.weights import count_parameters
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
 from megavlm.training.feeding import tell_other_order
-from megavlm.training.freeze import freeze_except, scale_learning_rates
+from megavlm.training.freeze import freeze_except, scale_learning_rates, scale_weight_decay
 from megavlm.training.position import Position
 from megavlm.training.spikes import SpikeWatch
 
@@ -37,6 +37,7 @@ def prepare_model(
     found = freeze_except(chunks, recipe.training.trained)
     _check_modules_found(parts, found)
     scale_learning_rates(chunks, recipe.training.lr_scale)
+    scale_weight_decay(chunks, recipe.training.weight_decay_scale)
     _log_parameters(parts, chunks)
     engine.wrap(chunks)
     engine.build_optimizer(recipe.training.optimizer)
@@ -51,8 +52,8 @@ def prepare_model(
         lanes = loaded.extra.get("data")
         progress = Progress.after(consumed_samples) if lanes is None else Progress.from_json(lanes)
         return Position(loaded.iteration, consumed_samples), progress
-    if settings.pretrained_checkpoints:
-        start_from(engine, settings.pretrained_checkpoints, recipe.training.trained, verify=settings.verify)
+    if settings.pretrained_checkpoint:
+        start_from(engine, settings.pretrained_checkpoint, recipe.training.trained, verify=settings.verify)
     return Position(), Progress.after(0)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from harness import run_ranks
-from tiny_vlm import ADDING_H, ALL_PARTS, TILE_SIZE, TINY, VOCAB_SIZE, H, X, build_tiny, make_sample
+from tiny_vlm import ADDING_H, ALL_PARTS, FLAMINGO, TILE_SIZE, TINY, VOCAB_SIZE, H, X, build_tiny, make_sample
 
 from megavlm.data import Sample
 from megavlm.engines import MegatronEngineConfig
@@ -15,7 +15,7 @@ from megavlm.inference.generate import _Cached, _Whole, generate
 from megavlm.inference.sampling import Sampling
 from megavlm.models.config import VLMConfig
 
-MODELS = {"D": TINY, "X": X, "H": H, "H_adding": ADDING_H}
+MODELS = {"D": TINY, "X": X, "H": H, "H_adding": ADDING_H, "Flamingo": FLAMINGO}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "1": (1, {}),
     "tp2": (2, {"tensor_model_parallel_size": 2}),
@@ -44,6 +44,7 @@ def parts_of(engine_config: dict[str, Any], model: dict[str, Any]) -> Any:
             tile_size=TILE_SIZE,
             route=VLMConfig.model_validate(model).fusion.tile_route,
             stop_token_ids=frozenset([STOP]),
+            stop_text="",
         ),
         vocab_size=VOCAB_SIZE,
         pad_multiple=1,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from harness import run_ranks
 from small_connectors import SMALL_CONNECTORS, small_model
-from tiny_vlm import ADDING_H, TINY, H, Outcome, X, assemble, train_tiny
+from tiny_vlm import ADDING_H, FLAMINGO, TINY, H, Outcome, X, assemble, train_tiny
 
 from megavlm.models.part import Trainable, part_of
 
@@ -27,13 +27,27 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_sp_pp2_vpp2": (4, {**TP2_SP, **PP2_VPP2}),
     "recompute": (1, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
     "tp2_sp_recompute": (2, {**TP2_SP, "recompute_granularity": "selective", "recompute_modules": ["core_attn"]}),
+    "recompute_parts": (
+        1,
+        {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm", "mlp"]},
+    ),
 }
 
-MODELS: dict[str, dict[str, Any]] = {"D": TINY, "X": X, "H": H, "H_adding": ADDING_H}
+SWIGLU = {**FLAMINGO, "fusion": {**FLAMINGO["fusion"], "feed_forward": {"ffn_hidden_size": 48, "activation": "swiglu"}}}
+MODELS: dict[str, dict[str, Any]] = {
+    "D": TINY,
+    "X": X,
+    "H": H,
+    "H_adding": ADDING_H,
+    "Flamingo": FLAMINGO,
+    "Flamingo_swiglu": SWIGLU,
+}
 CONTEXT_LAYOUTS = ("dp2", "tp2_sp", "pp2", "tp2_sp_pp2", "pp2_vpp2", "recompute")
 TESTED = [
     *(("D", layout) for layout in LAYOUTS),
-    *((model, layout) for model in ("X", "H") for layout in (*CONTEXT_LAYOUTS, "tp2", "tp2_sp_pp2_vpp2")),
+    *((model, layout) for model in ("X", "H", "Flamingo") for layout in (*CONTEXT_LAYOUTS, "tp2", "tp2_sp_pp2_vpp2")),
+    ("Flamingo", "recompute_parts"),
+    ("Flamingo_swiglu", "tp2_sp"),
     *(("H_adding", layout) for layout in ("tp2_sp", "pp2")),
 ]
 
@@ -137,7 +151,8 @@ def test_modules_of_parts_under_layouts(layout: str) -> None:
 
 @pytest.mark.parametrize("trainable", [("cross_attention",), ("connector", "cross_attention"), ("language",)])
 @pytest.mark.parametrize(
-    ("model", "layout"), [("X", "pp2"), ("X", "tp2_sp_pp2"), ("X", "pp2_vpp2"), ("H", "tp2_sp_pp2")]
+    ("model", "layout"),
+    [("X", "pp2"), ("X", "tp2_sp_pp2"), ("X", "pp2_vpp2"), ("H", "tp2_sp_pp2"), ("Flamingo", "tp2_sp_pp2")],
 )
 def test_frozen_parts_with_cross_attention(model: str, layout: str, trainable: tuple[str, ...]) -> None:
     world_size, engine = LAYOUTS[layout]

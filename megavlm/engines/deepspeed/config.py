@@ -10,6 +10,13 @@ from megavlm.engines.config import MegatronEngineConfig
 
 Offload = Literal["cpu", "nvme"]
 
+_OF_STAGE_3 = (
+    "stage3_prefetch_bucket_size",
+    "stage3_max_live_parameters",
+    "stage3_param_persistence_threshold",
+    "sub_group_size",
+)
+
 
 class DeepSpeedEngineConfig(MegatronEngineConfig):
     """ZeRO around megatron-core's modules. Names are DeepSpeed's; those of the layout are megatron-core's.
@@ -27,7 +34,8 @@ class DeepSpeedEngineConfig(MegatronEngineConfig):
     offload_param: Offload | None = None
     """Where the shares of the weights are kept between their uses; stage 3 only. None: where the model is."""
     nvme_path: Path | None = None
-    """Folder on a local disk for what is offloaded to ``nvme``."""
+    """Folder on a local disk for what is offloaded to ``nvme``. Each rank makes one of its own in it for as long as it
+    runs."""
     reduce_bucket_size: pydantic.PositiveInt = 500_000_000
     """Gradients reduced at once, in elements."""
     stage3_prefetch_bucket_size: pydantic.NonNegativeInt = 50_000_000
@@ -36,6 +44,9 @@ class DeepSpeedEngineConfig(MegatronEngineConfig):
     """Stage 3: weights held whole on a rank at a time, in elements."""
     stage3_param_persistence_threshold: pydantic.NonNegativeInt = 100_000
     """Stage 3: weights of fewer elements stay whole on every rank."""
+    sub_group_size: pydantic.PositiveInt = 1_000_000_000
+    """Stage 3: weights updated at once, in elements of a rank's share. What is offloaded to ``nvme`` passes through CPU
+    memory in such pieces, at 16 bytes an element."""
 
     @pydantic.model_validator(mode="after")
     def _stage_is_right(self) -> "DeepSpeedEngineConfig":
@@ -61,14 +72,24 @@ class DeepSpeedEngineConfig(MegatronEngineConfig):
                 f"engine.offload_optimizer=nvme: needs zero_stage=3, which is {self.zero_stage}. Offload to cpu, or "
                 "set zero_stage=3."
             )
-        uses_nvme = "nvme" in (self.offload_optimizer, self.offload_param)
-        if uses_nvme and self.nvme_path is None:
-            raise ValueError("engine.nvme_path: is not given, and nvme is offloaded to. Give a folder on a local disk.")
-        if self.nvme_path is not None and not uses_nvme:
+        if self.uses_nvme and self.nvme_path is None:
+            raise ValueError("engine.nvme_path=None: nvme is offloaded to. Give a folder on a local disk.")
+        if self.nvme_path is not None and not self.uses_nvme:
             raise ValueError(
                 f"engine.nvme_path={self.nvme_path}: nothing is offloaded there. Set offload_optimizer or "
                 "offload_param to nvme, or leave it out."
             )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _belongs_to_this_stage(self) -> "DeepSpeedEngineConfig":
+        for name in _OF_STAGE_3:
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if self.zero_stage != 3 and value != default:
+                raise ValueError(
+                    f"engine.{name}={value}: is of zero_stage=3, and zero_stage is {self.zero_stage}. Leave it out, or "
+                    "set zero_stage=3."
+                )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -94,6 +115,11 @@ class DeepSpeedEngineConfig(MegatronEngineConfig):
             raise ValueError("engine.precision='fp8': is not run under ZeRO. Set bf16, or choose engine.kind=megatron.")
         return self
 
+    @property
+    def uses_nvme(self) -> bool:
+        """Whether anything is offloaded to NVMe."""
+        return "nvme" in (self.offload_optimizer, self.offload_param)
+
     def check_experts(self, num_moe_experts: int | None) -> None:
         """Refuse a model with experts.
 
@@ -115,7 +141,9 @@ class DeepSpeedEngineConfig(MegatronEngineConfig):
         """As the megatron engine's; the fused accumulation of gradients needs that engine's buffers."""
         return {**super().megatron_settings(), "gradient_accumulation_fusion": False}
 
-    def deepspeed_settings(self, *, clip_grad: float) -> dict[str, Any]:
+    def deepspeed_settings(
+        self, *, clip_grad: float, swap_folder: Path | None = None, largest_share: int = 0
+    ) -> dict[str, Any]:
         """DeepSpeed's configuration.
 
         The engine itself says how many micro-batches a step has and what their losses are divided by, so the sizes of
@@ -123,6 +151,8 @@ class DeepSpeedEngineConfig(MegatronEngineConfig):
 
         Args:
             clip_grad: largest global gradient norm; 0: no clipping.
+            swap_folder: of this rank, for what is offloaded to NVMe.
+            largest_share: elements of the largest share of a weight on a rank, if weights are offloaded to NVMe.
         """
         is_bf16 = self.dtype == torch.bfloat16
         zero: dict[str, Any] = {
@@ -133,17 +163,16 @@ class DeepSpeedEngineConfig(MegatronEngineConfig):
             "contiguous_gradients": True,
         }
         if self.zero_stage == 3:
-            zero |= {
-                "stage3_prefetch_bucket_size": self.stage3_prefetch_bucket_size,
-                "stage3_max_live_parameters": self.stage3_max_live_parameters,
-                "stage3_param_persistence_threshold": self.stage3_param_persistence_threshold,
-            }
+            zero |= {name: getattr(self, name) for name in _OF_STAGE_3}
         for name in ("offload_optimizer", "offload_param"):
             device = getattr(self, name)
             if device is not None:
                 zero[name] = {"device": device, "pin_memory": torch.cuda.is_available()}
             if device == "nvme":
-                zero[name]["nvme_path"] = str(self.nvme_path)
+                zero[name]["nvme_path"] = str(swap_folder)
+        if self.offload_param == "nvme":
+            # DeepSpeed would keep the first 1e9 elements in CPU memory all the same
+            zero["offload_param"] |= {"max_in_cpu": 0, "buffer_size": largest_share}
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,

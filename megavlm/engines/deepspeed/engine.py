@@ -18,9 +18,11 @@ from megavlm.engines import guards
 from megavlm.engines.config import OptimizerSettings
 from megavlm.engines.deepspeed import state as zero_state
 from megavlm.engines.deepspeed.config import DeepSpeedEngineConfig
-from megavlm.engines.deepspeed.zero import Zero
-from megavlm.engines.lr_scale import config_overrides
+from megavlm.engines.deepspeed.library import import_deepspeed, load_async_io
+from megavlm.engines.deepspeed.nvme import SwapFolder
+from megavlm.engines.deepspeed.zero import Zero, num_bytes_on_nvme
 from megavlm.engines.megatron import MegatronEngine, counted
+from megavlm.engines.parameter_group import config_overrides
 from megavlm.runtime.process import before_stop
 
 
@@ -44,6 +46,20 @@ class DeepSpeedEngine(MegatronEngine):
         self._num_updates = 0
         self._last_loss: Tensor | None = None
         """Of the last micro-batch, whose backward pass waits until it is known whether the step counts."""
+        self._swap_folder: SwapFolder | None = None
+
+    def start(self) -> None:
+        """As the megatron engine's; makes the folder for what is offloaded to NVMe.
+
+        Raises:
+            ValueError: DeepSpeed is not installed, or cannot offload as it is asked to.
+        """
+        import_deepspeed()
+        if self.config.nvme_path is not None:
+            self._swap_folder = SwapFolder(self.config.nvme_path, torch.distributed.get_rank())
+            before_stop(self._swap_folder.remove)
+            load_async_io(self.config.nvme_path)
+        super().start()
 
     # ---- model and optimizer -----------------------------------------------------------------------------------------
 
@@ -55,13 +71,15 @@ class DeepSpeedEngine(MegatronEngine):
             training: prepare it for ZeRO; False for evaluation and generation only, as under the megatron engine.
 
         Raises:
-            ValueError: the model has experts.
+            ValueError: the model has experts, or the disk has no room for what is offloaded.
         """
         if not training:
             super().wrap(chunks, training=False)
             return
         [chunk] = chunks
         self.config.check_experts(chunk.config.num_moe_experts)
+        if self._swap_folder is not None:
+            self._swap_folder.check_room(num_bytes_on_nvme(chunk, self.config))
         is_cut = self.config.zero_stage == 3
         self.chunks = [chunk if is_cut else chunk.to(self.device)]
         guards.before_wrap(self.chunks)
@@ -79,7 +97,7 @@ class DeepSpeedEngine(MegatronEngine):
         return self._adam
 
     def build_optimizer(self, settings: OptimizerSettings) -> torch.optim.AdamW:  # type: ignore[override]
-        """Make the optimizer of the parameters that train, with the learning rates of ``lr_scale.py``."""
+        """Make the optimizer of the parameters that train, in the groups of ``parameter_group.py``."""
         config = OptimizerConfig(optimizer="adam", lr=settings.lr, min_lr=settings.min_lr)
         trained = (parameter for parameter in self.chunks[0].parameters() if parameter.requires_grad)
         groups = _get_param_groups(self.chunks, config, config_overrides(config, trained))
@@ -100,11 +118,18 @@ class DeepSpeedEngine(MegatronEngine):
         if self._zero is None:
             # cut parameters have no shape of their own any more, so their places are noted before
             self._model_state = super().sharded_state_dict(with_optimizer=False)["model"]
-            self._zero = Zero(self._wrapped[0], self.optimizer, self.config, clip_grad=self._clip_grad)
+            self._zero = Zero(
+                self._wrapped[0],
+                self.optimizer,
+                self.config,
+                clip_grad=self._clip_grad,
+                swap_folder=self._swap_folder,
+            )
             before_stop(self.close)
             for parameter, moments in self._moments.items():
                 for name in zero_state.MOMENTS:
                     self._zero.set_state(parameter, name, moments[name])
+            self._zero.put_back()
             self._zero.num_updates = self._num_updates
             self._moments.clear()
         return self._zero
@@ -136,19 +161,15 @@ class DeepSpeedEngine(MegatronEngine):
             places = zero_state.place_of_parameters(self._model_state)
             state["optimizer"] = zero_state.common_state(self.optimizer.param_groups, running.num_updates)
             state["optimizer"]["param_state"] = zero_state.keep_moments(places, shelves, running.gather_state)
+            running.put_back()
         return state
 
     def load_state_dict(self, state: dict[str, Any], *, with_optimizer: bool) -> None:
         """Take back what was loaded into a :meth:`sharded_state_dict`.
 
         Raises:
-            ValueError: the optimizer's state is not whole, or cannot be put where the recipe wants it.
+            ValueError: the optimizer's state is not whole, or of parameter groups that do not agree.
         """
-        if with_optimizer and self.config.offload_optimizer == "nvme":
-            raise ValueError(
-                "engine.offload_optimizer=nvme: a run cannot be resumed onto NVMe. Resume it with "
-                "offload_optimizer=cpu, or start from its weights (checkpoint.pretrained_checkpoint)."
-            )
         if with_optimizer:
             guards.check_optimizer_state(state["optimizer"])
             places = zero_state.place_of_parameters(super().sharded_state_dict(with_optimizer=False)["model"])

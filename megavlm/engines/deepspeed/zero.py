@@ -1,14 +1,12 @@
-"""One DeepSpeed engine around a module: the only file that knows DeepSpeed.
+"""One DeepSpeed engine around a module: the only file, with ``library.py``, that knows DeepSpeed.
 
-Written against DeepSpeed 0.19.8. What of it is not public is used here alone: the flat partitions of the optimizers,
-and the groups that DeepSpeed remembers beyond the life of a process group.
+Written against DeepSpeed 0.19.8. What of it is not public is used here alone: the flat partitions of the optimizers
+and their way to files and back, and the groups that DeepSpeed remembers beyond the life of a process group.
 """
 
 import gc
-import logging
-import os
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +14,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megavlm.engines.deepspeed.config import DeepSpeedEngineConfig
-from megavlm.runtime import current_device
-
-_INSTALL = "DS_BUILD_OPS=0 pip install -c constraints.txt -r requirements-deepspeed.txt"
+from megavlm.engines.deepspeed.library import import_deepspeed, quiet
+from megavlm.engines.deepspeed.nvme import SwapFolder
 
 
 class ModelParallelUnit:
@@ -45,7 +42,13 @@ class Zero:
     """A module whose training state is shared by the data-parallel ranks. Every method is collective over them."""
 
     def __init__(
-        self, module: torch.nn.Module, adam: torch.optim.AdamW, config: DeepSpeedEngineConfig, *, clip_grad: float
+        self,
+        module: torch.nn.Module,
+        adam: torch.optim.AdamW,
+        config: DeepSpeedEngineConfig,
+        *,
+        clip_grad: float,
+        swap_folder: SwapFolder | None = None,
     ) -> None:
         """Share out the state of a module. Its weights are as they are to begin with, and the moments are zero.
 
@@ -54,43 +57,55 @@ class Zero:
             adam: of its parameters that train; works on shares of them from now on.
             config: what is shared, and where it is kept.
             clip_grad: largest global gradient norm; 0: no clipping.
+            swap_folder: for what is offloaded to NVMe.
 
         Raises:
-            ValueError: DeepSpeed is not installed, or cannot offload as it is asked to.
+            ValueError: DeepSpeed is not installed, or a file on NVMe could not be written.
         """
         self._config = config
         self._adam = adam
-        self._deepspeed = _import_deepspeed()
-        if "nvme" in (config.offload_optimizer, config.offload_param):
-            self.check_nvme()
-        with _quiet():
+        self._module = module
+        self._deepspeed = import_deepspeed()
+        self._swap_folder = swap_folder
+        self._brought: int | None = None
+        """Sub-group whose state was brought from NVMe to be seen or set."""
+        self._is_changed = False
+        self._has_stepped = False
+        settings = config.deepspeed_settings(
+            clip_grad=clip_grad,
+            swap_folder=None if swap_folder is None else swap_folder.path,
+            largest_share=max(map(_num_mine, module.parameters())),
+        )
+        with quiet():
+            if config.offload_param == "nvme":
+                self._cut_weights(settings)
             self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
                 model=module,
                 optimizer=adam,
-                config=config.deepspeed_settings(clip_grad=clip_grad),
+                config=settings,
                 mpu=ModelParallelUnit(),
                 dist_init_required=False,
             )
-        if config.offload_optimizer != "nvme":
             self._make_moments()
+        self._check_files()
+
+    def _cut_weights(self, settings: dict[str, Any]) -> None:
+        """Cut the weights before ``initialize`` does: where there is no float16 (on CPUs), its own cut takes float32
+        weights for bfloat16 ones (``zero/partition_parameters.py``, ``_set_dtype``)."""
+        self._deepspeed.init_distributed(dist_init_required=False)
+        self._deepspeed.zero.Init(
+            module=self._module,
+            data_parallel_group=parallel_state.get_data_parallel_group(),
+            config_dict_or_path=settings,
+            remote_device="nvme",
+            pin_memory=torch.cuda.is_available(),
+            mpu=ModelParallelUnit(),
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass."""
-        with _quiet():
+        with quiet():
             return self._engine(*args, **kwargs)
-
-    def check_nvme(self) -> None:
-        """Check that DeepSpeed can read and write files beside computing.
-
-        Raises:
-            ValueError: its operator for that cannot be built here.
-        """
-        builder = self._deepspeed.ops.op_builder.AsyncIOBuilder()
-        if not builder.is_compatible(verbose=False):
-            raise ValueError(
-                f"engine.nvme_path={self._config.nvme_path}: DeepSpeed's async_io operator cannot be built here: "
-                "libaio is missing, or a C++ compiler. apt-get install libaio-dev g++, or offload to cpu."
-            )
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -101,14 +116,17 @@ class Zero:
             loss: 0-d. The gradients of the ranks are averaged.
             is_last: whether it is the last micro-batch of the step.
         """
-        with _quiet():
+        with quiet():
             self._engine.set_gradient_accumulation_boundary(is_last)
             self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> tuple[float, bool]:
         """Clip, update, forget the gradients. Returns the global gradient norm, and whether the weights were updated:
         they are not if it is not finite."""
-        with _quiet():
+        with quiet():
+            if not self._has_stepped:
+                self._check_files()
+                self._has_stepped = True
             self._engine.step()
         if self._optimizer.overflow:
             return float("nan"), False
@@ -120,36 +138,64 @@ class Zero:
         """A parameter's whole value, in a tensor that stays valid until the next call."""
         if self._config.zero_stage < 3:
             return parameter.detach()
-        with _quiet(), self._deepspeed.zero.GatheredParameters([parameter]):
+        with quiet(), self._deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
 
     def gather_state(self, parameter: torch.nn.Parameter, name: str) -> Tensor:
-        """The whole ``param``, ``exp_avg`` or ``exp_avg_sq`` of a parameter that trains, float32."""
+        """The whole ``param``, ``exp_avg`` or ``exp_avg_sq`` of a parameter that trains, float32. After the last one
+        of a pass, :meth:`put_back`."""
         utils = self._deepspeed.utils
-        with _quiet():
+        with quiet():
+            if self._config.zero_stage == 3:
+                return self._optimizer._fp32_state_allgather(parameter, self._share(parameter, name))
             if name == "param":
                 return utils.safe_get_full_fp32_param(parameter)
             return utils.safe_get_full_optimizer_state(parameter, name)
 
     def set_state(self, parameter: torch.nn.Parameter, name: str, value: Tensor) -> None:
-        """Set what :meth:`gather_state` gathers; each rank keeps its share of ``value``."""
-        utils, is_weight = self._deepspeed.utils, name == "param"
-        if self._config.zero_stage < 3:
-            value = value.to(parameter.device)
-            if is_weight:
-                utils.safe_set_full_fp32_param(parameter, value)
-            else:
-                utils.safe_set_full_optimizer_state(parameter, value, name)
+        """Set what :meth:`gather_state` gathers; each rank keeps its share of ``value``. After the last one of a pass,
+        :meth:`put_back`."""
+        if self._config.zero_stage == 3:  # DeepSpeed's own setter cannot cut what the ranks do not divide
+            share = self._share(parameter, name)
+            mine = value.flatten()[parallel_state.get_data_parallel_rank() * share.numel() :][: share.numel()]
+            share.zero_()
+            share[: mine.numel()].copy_(mine)
+            self._is_changed = True
             return
-        # DeepSpeed's own setter of whole values cannot cut those whose size the ranks do not divide
-        like = utils.safe_get_local_fp32_param(parameter)
-        mine = value.flatten()[parallel_state.get_data_parallel_rank() * like.numel() :][: like.numel()]
-        share = torch.zeros_like(like)
-        share.view(-1)[: mine.numel()] = mine.to(share.device)
-        if is_weight:
-            utils.safe_set_local_fp32_param(parameter, share)
+        utils, value = self._deepspeed.utils, value.to(parameter.device)
+        if name == "param":
+            utils.safe_set_full_fp32_param(parameter, value)
         else:
-            utils.safe_set_local_optimizer_state(parameter, share, name)
+            utils.safe_set_full_optimizer_state(parameter, value, name)
+
+    def put_back(self) -> None:
+        """End a pass over the optimizer's state: what was brought from NVMe leaves the memory, and is written if it was
+        changed."""
+        if self._brought is not None:
+            if self._is_changed:
+                self._optimizer._optimizer_states_and_gradient_swap_out(self._brought)
+            else:
+                self._optimizer._release_swap_buffers(self._brought)
+        self._brought, self._is_changed = None, False
+
+    def _share(self, parameter: torch.nn.Parameter, name: str) -> Tensor:
+        """This rank's share of a state at stage 3, a view."""
+        sub_group, start, length = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+        self._bring(sub_group)
+        flat = self._flat_partitions()[sub_group]
+        return (flat.detach() if name == "param" else self._adam.state[flat][name]).narrow(0, start, length)
+
+    def _bring(self, sub_group: int) -> None:
+        """Have the state of a sub-group in memory: of those on NVMe, this one alone."""
+        if sub_group == self._brought or not self._is_on_nvme(sub_group):
+            return
+        self.put_back()
+        self._optimizer._optimizer_states_and_gradient_swap_in(sub_group)
+        self._brought = sub_group
+
+    def _is_on_nvme(self, sub_group: int) -> bool:
+        """Whether the state of a sub-group is offloaded there: less than 1 MiB of it stays in memory."""
+        return self._config.zero_stage == 3 and self._optimizer._swappable_optimizer_subgroup(sub_group)
 
     @property
     def num_updates(self) -> int:
@@ -163,6 +209,7 @@ class Zero:
 
     def close(self) -> None:
         """Give back hooks, buffers and threads, and let DeepSpeed forget this run's process groups."""
+        self._end_transfers()
         self._engine.destroy()
         del self._engine, self._optimizer
         gc.collect()
@@ -175,12 +222,15 @@ class Zero:
 
     def _make_moments(self) -> None:
         """Make the moments now instead of at the first update: a run may be saved or resumed before."""
-        for flat in self._flat_partitions():
+        for sub_group, flat in enumerate(self._flat_partitions()):
+            self._bring(sub_group)
+            self._is_changed = True
             self._adam.state[flat] = {
                 "step": torch.zeros((), dtype=torch.float32, device=flat.device),
                 "exp_avg": torch.zeros_like(flat, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
             }
+        self.put_back()
         if self._config.zero_stage < 3:
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -189,31 +239,58 @@ class Zero:
         names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
         return next(getattr(self._optimizer, name) for name in names if hasattr(self._optimizer, name))
 
+    def _check_files(self) -> None:
+        """Check that what lies on NVMe was written: DeepSpeed does not. After the first step files are written over."""
+        if self._swap_folder is not None:
+            self._swap_folder.check_written(self._files())
 
-def _import_deepspeed() -> Any:
-    """Import DeepSpeed so that it neither compiles anything nor talks.
+    def _end_transfers(self) -> None:
+        """Wait for what is on its way to files or from there: an operator that ends before it aborts the process."""
+        if self._config.offload_param == "nvme":
+            parameter: Any = next(self._module.parameters())
+            parameter.nvme_swapper.synchronize_reads()
+            parameter.nvme_swapper.synchronize_writes()
+        if self._config.offload_optimizer == "nvme":
+            swapper = self._optimizer.optimizer_swapper
+            if swapper.gradient_swapper.has_buffers():
+                swapper.flush_gradients()
 
-    Raises:
-        ValueError: it is not installed.
+    def _files(self) -> Iterator[tuple[Path, int]]:
+        """The files of this rank and the bytes of each."""
+        if self._config.offload_param == "nvme":
+            parameter: Any  # with what DeepSpeed has given it
+            for parameter in self._module.parameters():
+                share = parameter.ds_tensor
+                if share.final_location == "nvme":
+                    yield Path(parameter.nvme_swapper.get_path(parameter)), share.ds_numel * share.element_size()
+        swapper = self._optimizer.optimizer_swapper
+        if swapper is None:
+            return
+        self._end_transfers()
+        for info in swapper.swap_params_info.values():
+            for path in info.get_swap_paths():
+                yield Path(path), info.numel() * swapper.swap_element_size
+            for gradient in info.swapped_gradients.values():
+                yield Path(gradient.path), gradient.length * swapper.swap_element_size
+
+
+def num_bytes_on_nvme(module: torch.nn.Module, config: DeepSpeedEngineConfig) -> int:
+    """What a rank will offload to NVMe, at most: small tensors stay in memory.
+
+    Args:
+        module: whole, with ``requires_grad`` set.
+        config: what is offloaded.
     """
-    device = current_device()
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # launchers set it; a single process has none
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise ValueError(f"engine.kind=deepspeed: DeepSpeed is not installed ({error}). {_INSTALL}") from None
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    compatible: Mapping[str, bool] = deepspeed.ops.__compatible_ops__
-    if compatible.get("deepspeed_shm_comm"):  # on CPUs it would be compiled at every first start, a minute or two
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
+    num_bytes = 0
+    for parameter in module.parameters():
+        mine = _num_mine(parameter)
+        if config.offload_param == "nvme":
+            num_bytes += mine * config.dtype.itemsize
+        if config.offload_optimizer == "nvme" and parameter.requires_grad:
+            num_bytes += mine * 4 * 4  # float32: master weight, two moments, gradient
+    return num_bytes
 
 
-class _quiet(warnings.catch_warnings):  # noqa: N801  it is used like contextlib's
-    """A block in which DeepSpeed may use what torch has deprecated."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.simplefilter("ignore", FutureWarning)
+def _num_mine(parameter: torch.nn.Parameter) -> int:
+    """Elements of a data-parallel rank's share."""
+    return -(-parameter.numel() // parallel_state.get_data_parallel_world_size())

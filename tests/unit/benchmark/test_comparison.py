@@ -15,9 +15,9 @@ def test_every_run_gets_its_recipe(tmp_path: Path) -> None:
     chain = chains[3]
     first, second = (stage.recipe for stage in chain.stages)
     assert first.checkpoint.save == tmp_path / "runs/none/seed2/first"
-    assert first.checkpoint.pretrained_checkpoint is None
+    assert first.checkpoint.pretrained_checkpoint == []
     assert second.checkpoint.save == tmp_path / "runs/none/seed2/second"
-    assert second.checkpoint.pretrained_checkpoint == first.checkpoint.save
+    assert [source.path for source in second.checkpoint.pretrained_checkpoint] == [first.checkpoint.save]
     for recipe in (first, second):
         assert (recipe.training.seed, recipe.data.tile_tags) == (2, "none")
         # the command line stands above the comparison's own override, which stands above the recipe's file

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from made_up import TINY as TINY_RECIPE
-from tiny_vlm import TINY, VOCAB_SIZE, H, X, make_routed_batch
+from tiny_vlm import FLAMINGO, TINY, VOCAB_SIZE, H, X, make_routed_batch
 
 from megavlm.batch import Batch
 from megavlm.benchmark.useful import COUNTED, count_batch
@@ -17,7 +17,7 @@ from megavlm.planning.flops import count_flops
 from megavlm.recipe import Recipe
 
 MOE = {**TINY, "language": {**TINY["language"], "moe": {"num_moe_experts": 4, "moe_layer_freq": 2}}}
-MODELS: dict[str, dict[str, Any]] = {"D": TINY, "X": X, "H": H, "experts": MOE}
+MODELS: dict[str, dict[str, Any]] = {"D": TINY, "X": X, "H": H, "experts": MOE, "Flamingo": FLAMINGO}
 ALL = ["vision", "connector", "language"]
 
 
@@ -60,7 +60,7 @@ def test_useful_is_what_rows_alone_would_take(kind: str, trains: str) -> None:
     """Each row with tiles in a micro-batch of its own has no padding at all, so there its operations are useful."""
     model = MODELS[kind]
     trainable = {"all": trainable_of(model), "connector only": ["connector"], "language only": ["language"]}[trains]
-    if kind in "XH" and trains != "all":
+    if "cross_attention" in trainable_of(model) and trains != "all":
         trainable.append("cross_attention")
     rows = [[3], [2, 3], [5]]
     batch = batch_of(model, rows, length=8)
@@ -94,7 +94,9 @@ def test_rows_of_no_use(kind: str) -> None:
     texts = batch_of(model, [[], []])
     everything, useful = count_batch(recipe, texts, VOCAB_SIZE)
     assert everything["vision"] > 0, "a blank tile stands in"
-    assert set(useful) <= {"language", "experts", "router"}
+    gone_through = {"cross_attention"} if kind == "Flamingo" else set()  # its gated feed-forward layers
+    assert set(useful) - {"experts", "router"} == {"language", *gone_through}
+    assert useful["cross_attention"] <= everything["cross_attention"]
     assert useful["language"] == everything["language"]
     texts.loss_mask[0] = 0.0
     _, half = count_batch(recipe, texts, VOCAB_SIZE)

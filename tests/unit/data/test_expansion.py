@@ -215,6 +215,17 @@ def test_tiles_that_cross_attention_reads(
     assert count_tokens(runs, images) == 7
 
 
+def test_text_that_sees_the_image_behind_it() -> None:
+    """Flamingo's other choice: tags see their own tile all the same, and the last text sees nothing."""
+    first = ImageTokens((TileTokens((X,), 0, 4), TileTokens((Y,), 0, 4)))
+    images = [first, ImageTokens((TileTokens((), 0, 4),))]
+    expansion = expand(letters_around(*images), images, IMAGE, "next_image")
+    assert expansion.tokens.tolist() == [A, B, X, Y, C, D]
+    assert expansion.visible_tiles.tolist() == [[0, 2], [0, 2], [0, 1], [1, 2], [2, 3], [0, 0]]
+    assert expand([ImageSlot()], images[1:], IMAGE, "next_image").visible_tiles.tolist() == []
+    assert expand(letters_around(), [], IMAGE, "next_image").visible_tiles.tolist() == [[0, 0], [0, 0]]
+
+
 @pytest.mark.parametrize(("text_sees", "behind_second"), [("all_images", [0, 4]), ("last_image", [3, 4])])
 def test_a_thumbnail_in_the_text_and_tiles_in_the_context(
     text_sees: Literal["all_images", "last_image"], behind_second: list[int]

@@ -1,6 +1,7 @@
 """Flamingo's gated block against transformers' Idefics, and what it is refused for."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,16 +15,21 @@ from torch import Tensor
 from transformers.models.idefics.configuration_idefics import IdeficsConfig
 from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 
+from megavlm.build import check_run
+from megavlm.config import load_recipe
 from megavlm.convert.config_of import architecture_of
 from megavlm.convert.parts import ModelParts
 from megavlm.convert.stock_class import reasons_against
+from megavlm.convert.to_hf import _chosen
 from megavlm.engines import MegatronEngineConfig
 from megavlm.models.backend.torch import TORCH
 from megavlm.models.config import VLMConfig
 from megavlm.models.fusion.cross_attention import CrossAttentionConfig
 from megavlm.models.gated_block import GatedBlockSpec
+from megavlm.recipe import Recipe
 from megavlm.runtime import process
 
+RECIPE = Path(__file__).parents[3] / "examples/flamingo/flamingo_3b.yaml"
 TOKENS, ROWS, CONTEXT, HEADS, HIDDEN, INNER = 9, 3, 7, 4, 32, 40
 RANGES = [[0, 0], [0, 0], [0, 3], [0, 3], [0, 3], [3, 7], [3, 7], [6, 7], [0, 7]]  # of the context, for each token
 EPSILON = 1e-5
@@ -142,13 +148,13 @@ def test_outputs_and_gradients_are_those_of_idefics(activation: str, recompute: 
     states, context, gradient = inputs()
     result, _ = ours(states, context=context, context_mask=ranges.expand(ROWS, -1, -1))
     result.backward(gradient)
-    # Worst seen: 1.9e-6 where the largest value is 5.0 (outputs), 3.0e-6 where it is 13 (gradients).
-    torch.testing.assert_close(result.transpose(0, 1), expected, rtol=1e-5, atol=2e-5)
+    # Worst seen: outputs 1.9e-6 where the largest is 10; gradients 3.8e-5 of a gate's 73, else 1.8e-5 of 26.
+    torch.testing.assert_close(result.transpose(0, 1), expected, rtol=1e-6, atol=1e-5)
     for found, wanted in zip((states.grad, context.grad), expected_inputs, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=3e-5)
+        torch.testing.assert_close(found, wanted, rtol=2e-6, atol=4e-5)
     gradients = our_gradients(theirs, "grad")
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=3e-5, msg=name)
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=2e-6, atol=4e-5, msg=name)
 
 
 def flamingo(**feed_forward: Any) -> VLMConfig:
@@ -163,6 +169,9 @@ def test_a_width_that_no_layout_divides_is_named() -> None:
     with pytest.raises(ValueError, match=r"ffn_hidden_size=40: is not"):
         flamingo().fusion.check_layout(10, 16)
     CrossAttentionConfig().check_layout(30, 7)  # without the feed-forward layer there is nothing to divide
+    overrides = ["engine.tensor_model_parallel_size=2", "model.fusion.feed_forward.ffn_hidden_size=4099"]
+    with pytest.raises(ValueError, match=r"ffn_hidden_size=4099: is not a multiple of tensor_model_parallel_size=2"):
+        check_run(load_recipe(RECIPE, overrides, Recipe), world_size=2)
 
 
 def test_it_does_not_go_out() -> None:
@@ -170,6 +179,11 @@ def test_it_does_not_go_out() -> None:
     with pytest.raises(ValueError, match=r"model\.fusion\.feed_forward \(only cross-attention alone"):
         architecture_of(parts, None)
     architecture_of(ModelParts.of(VLMConfig.model_validate(X)), None)
+
+
+def test_what_the_language_model_alone_lacks_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert _chosen(ModelParts.of(flamingo()), "language").names == ("language",)
+    assert "lacks the gated feed-forward layers (model.fusion.feed_forward) that texts go through too" in caplog.text
 
 
 @pytest.mark.parametrize("architecture", ["IdeficsForVisionText2Text", "MllamaForConditionalGeneration"])

@@ -31,6 +31,10 @@ MOE = {"num_moe_experts": 2, "moe_layer_freq": [0, 1], "moe_ffn_hidden_size": 17
 MODELS: dict[str, dict[str, Any]] = {
     "D": {"vision": VISION, "connector": {"kind": "mlp", "ffn_hidden_size": 144}, "fusion": {"kind": "decoder_only"}},
     "X": {"vision": SIGLIP, "connector": {"kind": "mlp", "num_layers": 1}, "fusion": {"kind": "cross_attention"}},
+    "Flamingo": {
+        "vision": SIGLIP, "connector": {"kind": "mlp", "num_layers": 1},
+        "fusion": {"kind": "cross_attention", "feed_forward": {"ffn_hidden_size": 208}},
+    },
     "experts": {
         "vision": SIGLIP, "connector": {"kind": "mlp"}, "fusion": {"kind": "decoder_only"},
         "language": {**LANGUAGE, "moe": MOE},
@@ -39,10 +43,10 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def part_of_module(name: str) -> str:
-    for part in ("vision", "connector", "cross_attention", "experts"):
-        if part in name.split("."):
-            return part
-    return "language"
+    words = name.split(".")
+    if "gated_block" in words:
+        return "cross_attention"
+    return next((part for part in ("vision", "connector", "cross_attention", "experts") if part in words), "language")
 
 
 def built_widths(config: VLMConfig, tp: int) -> set[tuple[str, int]]:

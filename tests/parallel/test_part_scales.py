@@ -1,4 +1,4 @@
-"""Learning rates of parts: what is applied on every rank, through warm-up and decay, and after a resumed run."""
+"""Learning rates and weight decays of parts: what every rank applies, in a whole schedule and after resuming."""
 
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,28 @@ from tiny_vlm import TINY, build_tiny, mixed_batches
 
 from megavlm.checkpoint import load_checkpoint, save_checkpoint
 from megavlm.engines import MegatronEngine, OptimizerSettings
-from megavlm.models.part import part_of
+from megavlm.models.part import parameters_by_name, part_of
 from megavlm.recipe import OptimizerConfig
-from megavlm.training.freeze import scale_learning_rates
+from megavlm.training.freeze import scale_learning_rates, scale_weight_decay
 from megavlm.training.schedule import build_schedule, current_lr
 
 SCALES = {"vision": 0.1, "connector": 5.0}
+DECAYS = {"vision": 2.0, "connector": 0.0}
 TRAINABLE = ("vision", "connector", "language")
 LR = 1e-3
 PP2 = {"pipeline_model_parallel_size": 2}
 
 
-def build(engine_config: dict[str, Any], scales: dict[str, float]) -> tuple[MegatronEngine, list[torch.nn.Module]]:
+def build(
+    engine_config: dict[str, Any], scales: dict[str, float], weight_decay: float = 0.0
+) -> tuple[MegatronEngine, list[torch.nn.Module]]:
     engine, chunks = build_tiny(engine_config, TRAINABLE, TINY)
     scale_learning_rates(chunks, scales)
-    engine.build_optimizer(OptimizerSettings(lr=LR, min_lr=LR / 10, weight_decay=0.0, clip_grad=0.0, adam_eps=1e-12))
+    scale_weight_decay(chunks, DECAYS)
+    settings = {"lr": LR, "min_lr": LR / 10, "weight_decay": weight_decay}
+    engine.build_optimizer(OptimizerSettings(**settings, clip_grad=0.0, adam_eps=1e-12))
+    schedule = OptimizerConfig(**settings, lr_decay_style="constant")  # which hands out weight decay
+    build_schedule(engine.optimizer, schedule, train_iters=9, iteration=1)
     return engine, chunks
 
 
@@ -53,6 +60,30 @@ def test_each_part_moves_by_its_learning_rate(world_size: int, engine: dict[str,
     # Worst seen: 6e-5 relative: float32 weights near 1 take the step with 1e-7.
     expected = {part: pytest.approx(LR * SCALES.get(part, 1.0), rel=2e-3) for part in TRAINABLE}
     assert changes == expected
+
+
+def decays(engine_config: dict[str, Any], weight_decay: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """On ranks: weights before and after one step."""
+    engine, chunks = build(engine_config, {}, weight_decay)
+    before = {name: weight.detach().clone() for name, weight in parameters_by_name(chunks[0])}
+    engine.train_step(mixed_batches(0)[engine.data_parallel_rank :: engine.data_parallel_size])
+    return {name: (before[name], weight.detach().clone()) for name, weight in parameters_by_name(chunks[0])}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "engine"),
+    [(1, {"use_distributed_optimizer": False}), (2, {}), (2, PP2)],
+    ids=["one", "dp2 distributed", "pp2"],
+)
+def test_each_part_decays_by_its_weight_decay(world_size: int, engine: dict[str, Any]) -> None:
+    weight_decay = 50.0
+    without, decayed = (run_ranks(decays, world_size, engine, decay) for decay in (0.0, weight_decay))
+    for rank in range(world_size):
+        for name, (before, after) in decayed[rank].items():
+            scale = 0.0 if before.dim() == 1 else DECAYS.get(part_of(name), 1.0)
+            expected = without[rank][name][1] - LR * weight_decay * scale * before
+            # Worst seen: 6e-8, float32's rounding of weights near 1.
+            torch.testing.assert_close(after, expected, rtol=1e-6, atol=1e-6, msg=name)
 
 
 def rates(scales: dict[str, float]) -> list[tuple[dict[str, float], float]]:
@@ -87,7 +118,7 @@ def test_a_scale_of_every_part_is_told() -> None:
 
 def straight(folder: Path, engine_config: dict[str, Any]) -> list[float]:
     """On ranks: train four steps, save after two. Returns the losses of the last two."""
-    engine, _ = build(engine_config, SCALES)
+    engine, _ = build(engine_config, SCALES, weight_decay=10.0)
     losses = []
     for step in range(4):
         if step == 2:
@@ -98,7 +129,7 @@ def straight(folder: Path, engine_config: dict[str, Any]) -> list[float]:
 
 def resumed(folder: Path, engine_config: dict[str, Any]) -> list[float]:
     """On ranks: load, train the last two steps."""
-    engine, _ = build(engine_config, SCALES)
+    engine, _ = build(engine_config, SCALES, weight_decay=10.0)
     load_checkpoint(folder / "iter_0000002", engine, with_optimizer=True)
     return [engine.train_step(mixed_batches(step)).loss for step in (2, 3)]
 

@@ -100,7 +100,7 @@ class Trial:
         self.memory_before_model_bytes = read_memory(process.device).now
         chunks = self.parts.build_chunks()
         initialize_weights(chunks, recipe.training.seed)
-        self.engine.num_sources = len(recipe.data.train.source_names)
+        self.engine.loss.num_sources = len(recipe.data.train.source_names)
         freeze_except(chunks, recipe.training.trained)
         scale_learning_rates(chunks, recipe.training.lr_scale)
         scale_weight_decay(chunks, recipe.training.weight_decay_scale)

@@ -23,6 +23,7 @@ from megavlm.batch import Batch
 from megavlm.engines import fp8, guards
 from megavlm.engines.config import MegatronEngineConfig, OptimizerSettings
 from megavlm.engines.fused_adam import FusedAdam
+from megavlm.engines.global_loss import GlobalLoss, Sums
 from megavlm.engines.parameter_group import config_overrides
 from megavlm.engines.rank_talk import RankTalk
 from megavlm.engines.step import LossSums, Stage, StepResult
@@ -40,15 +41,11 @@ class MegatronEngine(RankTalk):
         self.device = current_device()
         self.chunks: list[MegatronModule] = []
         """This rank's model chunks as they were built."""
-        self.num_sources = 1
-        """Data sources (``Batch.sources``) whose losses are told apart."""
+        self.loss = GlobalLoss(self.device)
+        """Puts the losses of micro-batches together."""
         self._optimizer: MegatronOptimizer | None = None
         self._emulating: list[fp8.EmulatingLayer] = []
         self._wrapped: list[MegatronModule] = []
-        self._loss_scale = 1.0
-        self._auxiliary_loss_scale = 1.0
-        self._row_weight = 1.0
-        """What losses of rows are multiplied by before they are divided as those of tokens are."""
 
     # ---- start -------------------------------------------------------------------------------------------------------
 
@@ -140,8 +137,8 @@ class MegatronEngine(RankTalk):
         for chunk in self.chunks:
             guards.settle_config(chunk.config)
             chunk.config.finalize_model_grads_func = _finalize_summed_grads
-            chunk.config.grad_scale_func = self._scale_loss
-            chunk.config.auxiliary_loss_scale_func = lambda: self._auxiliary_loss_scale
+            chunk.config.grad_scale_func = self.loss.scale
+            chunk.config.auxiliary_loss_scale_func = lambda: self.loss.auxiliary_scale
 
     @property
     def _has_experts(self) -> bool:
@@ -227,11 +224,8 @@ class MegatronEngine(RankTalk):
     def train_step(self, batches: Sequence[Batch], accept: Callable[[float], bool] | None = None) -> StepResult:
         """Forward, backward and update on this rank's micro-batches of one global batch.
 
-        The loss is the weighted sum over the trained tokens of the global batch divided by the sum of their weights (by
-        their number, where all are 1), so it does not depend on micro-batch size, accumulation, packing or data
-        parallelism. Losses of rows are summed over the rows that train anything and divided by their number, and added.
-        A global batch without a trained token, with gradients that are not finite, or with a loss that is
-        not accepted, changes nothing and says so.
+        A global batch without a trained token, with gradients that are not finite, or with a loss that is not accepted,
+        changes nothing and says so.
 
         Args:
             batches: of this rank.
@@ -239,21 +233,21 @@ class MegatronEngine(RankTalk):
         """
         ACTIVITY.begin(Phase.COMPUTING)
         self._clear_grads()
-        num_trained, num_tokens, weight_sum = self._count_tokens(batches)
-        if num_trained == 0:
+        count = self.loss.settle(batches)
+        if count.trained_tokens == 0:
             return StepResult(0.0, 0, 0.0, "no_trained_token")
-        self._loss_scale, self._auxiliary_loss_scale = 1.0 / weight_sum, 1.0 / num_tokens
-        loss_sum, source_losses, terms = self._run_schedule(batches, forward_only=False)
+        sums = self._run_schedule(batches, forward_only=False)
+        loss = sums.loss / count.weight_sum
         fp8.update_scales(self._emulating, self.device)
         ACTIVITY.begin(Phase.UPDATING)
         skip_reason: str | None
-        if accept is not None and self.any_rank(not accept(loss_sum / weight_sum)):
+        if accept is not None and self.any_rank(not accept(loss)):
             skip_reason, grad_norm = "loss_spike", self._grad_norm()
         else:
             grad_norm, updated = self._update_weights()
             skip_reason = None if updated else "grad_not_finite"
-        terms = {name: term / weight_sum for name, term in terms.items()}
-        return StepResult(loss_sum / weight_sum, num_trained, grad_norm, skip_reason, tuple(source_losses), terms)
+        terms = {name: term / count.weight_sum for name, term in sums.terms.items()}
+        return StepResult(loss, count.trained_tokens, grad_norm, skip_reason, tuple(sums.sources), terms)
 
     def _clear_grads(self) -> None:
         """Begin a step."""
@@ -268,10 +262,10 @@ class MegatronEngine(RankTalk):
         for module in self._wrapped:
             module.eval()
         batches = [replace(batch, loss_mask=(batch.loss_mask > 0).to(batch.loss_mask.dtype)) for batch in batches]
-        num_trained, _, _ = self._count_tokens(batches)
+        count = self.loss.settle(batches)
         with torch.no_grad():
-            loss_sum, _, terms = self._run_schedule(batches, forward_only=True)
-        return LossSums(loss_sum, num_trained, terms)
+            sums = self._run_schedule(batches, forward_only=True)
+        return LossSums(sums.loss, count.trained_tokens, sums.terms)
 
     def logits(self, batch: Batch, wanted: Tensor, vocab_size: int, cache: Any = None) -> Tensor:
         """Logits of one micro-batch at chosen positions, the same on every rank of the model.
@@ -303,49 +297,11 @@ class MegatronEngine(RankTalk):
         self._broadcast_from_last_stage(logits)
         return logits
 
-    def _run_schedule(
-        self, batches: Sequence[Batch], *, forward_only: bool
-    ) -> tuple[float, list[float], dict[str, float]]:
-        """Run all micro-batches; return the summed loss of all, of each source if they are told apart, and by name the
-        terms of the loss if it has several."""
-        outputs = self._forward_backward(self._loss_step, batches, forward_only=forward_only)
-        num_sources = 0 if self.num_sources == 1 else self.num_sources
-        sums = torch.zeros(1 + num_sources + len(self._loss_names), dtype=torch.float64, device=self.device)
-        for output in outputs:
-            sums[0] += output["loss_sum"]
-            if num_sources:
-                sums[1 : 1 + num_sources] += output["source_sums"]
-            if self._loss_names:
-                sums[1 + num_sources :] += output["term_sums"]
-        self._broadcast_from_last_stage(sums)
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        loss_sum, *others = sums.tolist()
-        return loss_sum, others[:num_sources], dict(zip(self._loss_names, others[num_sources:], strict=True))
-
-    @property
-    def _loss_names(self) -> tuple[str, ...]:
-        return getattr(self.chunks[-1], "loss_names", ())
-
-    def _loss_step(self, iterator: Iterator[Batch], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        """megatron-core's forward step: run a chunk on the next micro-batch, say how its output becomes a loss."""
-        batch = next(iterator)
-
-        def sum_losses(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            losses, of_rows = output if isinstance(output, tuple) else (output, None)
-            loss_sum = (losses * batch.loss_mask).sum()
-            metrics = {}
-            if of_rows is not None:
-                row_sums = of_rows.sum(0) * self._row_weight
-                metrics["term_sums"] = torch.cat([loss_sum.unsqueeze(0), row_sums])
-                loss_sum = loss_sum + row_sums.sum()
-            metrics["loss_sum"] = loss_sum
-            if self.num_sources > 1:
-                unweighted = (losses.detach() * (batch.loss_mask > 0)).to(torch.float64).flatten()
-                zeros = unweighted.new_zeros(self.num_sources)
-                metrics["source_sums"] = zeros.index_add(0, batch.source_of_tokens().flatten(), unweighted)
-            return loss_sum, torch.zeros((), dtype=torch.int), guards.own_metrics(metrics)
-
-        return module(batch), sum_losses
+    def _run_schedule(self, batches: Sequence[Batch], *, forward_only: bool) -> Sums:
+        """Run all micro-batches; return the losses of the global batch."""
+        outputs = self._forward_backward(self.loss.forward_step, batches, forward_only=forward_only)
+        names = getattr(self.chunks[-1], "loss_names", ())
+        return self.loss.sum_up(outputs, names, self._broadcast_from_last_stage)
 
     def _forward_backward(
         self, forward_step: Callable[..., Any], batches: Sequence[Batch], *, forward_only: bool
@@ -391,23 +347,6 @@ class MegatronEngine(RankTalk):
         """Make the gradients ready for an update; return their global norm."""
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
-
-    def _count_tokens(self, batches: Sequence[Batch]) -> tuple[int, int, float]:
-        """Trained tokens of the global batch, all its tokens without padding, and the summed weights of the trained.
-        Settles what a row's loss counts."""
-        total = torch.zeros(4, dtype=torch.float64, device=self.device)
-        for batch in batches:
-            weights = batch.loss_mask.to(torch.float64)
-            num_rows = (weights > 0).any(1).count_nonzero()
-            total += torch.stack([weights.count_nonzero(), batch.num_tokens, weights.sum(), num_rows])
-        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
-        num_trained, num_tokens, weight_sum, num_rows = total.tolist()
-        self._row_weight = weight_sum / max(1.0, num_rows)
-        return int(num_trained), int(num_tokens), weight_sum
-
-    def _scale_loss(self, loss: Tensor) -> Tensor:
-        """Called by megatron-core's schedule on each micro-batch's summed loss."""
-        return loss * self._loss_scale
 
     def _broadcast_from_last_stage(self, tensor: Tensor) -> None:
         if self.config.pipeline_model_parallel_size > 1:

@@ -33,7 +33,7 @@ def prepare_model(
     resume_from = find_to_resume(folder, verify=settings.verify, fall_back=settings.fall_back)
     if resume_from is None:
         initialize_weights(chunks, recipe.training.seed)
-    engine.num_sources = len(recipe.data.train.source_names)
+    engine.loss.num_sources = len(recipe.data.train.source_names)
     found = freeze_except(chunks, recipe.training.trained)
     _check_modules_found(parts, found)
     scale_learning_rates(chunks, recipe.training.lr_scale)

@@ -1,5 +1,6 @@
 """A run with a spike of the loss in it: told, skipped, or gone back over; and without one nothing is different."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from harness import run_ranks
 from megavlm.config import load_recipe
 from megavlm.data import Progress
 from megavlm.engines import MegatronEngine
+from megavlm.engines.global_loss import Sums
 from megavlm.recipe import Recipe
 from megavlm.runtime.log import start_log, stop_log
 from megavlm.runtime.process import Process
@@ -40,11 +42,12 @@ def train_here(recipe_file: str, overrides: list[str], bad_loss: int | None, bad
     run_schedule, grad_norm = MegatronEngine._run_schedule, MegatronEngine._grad_norm
     num_steps = 0
 
-    def _run_schedule(self: MegatronEngine, batches: Any, *, forward_only: bool) -> list[float]:
+    def _run_schedule(self: MegatronEngine, batches: Any, *, forward_only: bool) -> Sums:
         nonlocal num_steps
         num_steps += not forward_only
         sums = run_schedule(self, batches, forward_only=forward_only)
-        return [10.0 * sums[0], *sums[1:]] if num_steps == bad_loss and not forward_only else sums
+        is_bad = num_steps == bad_loss and not forward_only
+        return dataclasses.replace(sums, loss=10.0 * sums.loss) if is_bad else sums
 
     def _grad_norm(self: MegatronEngine) -> float:
         return float("nan") if num_steps in bad_grads else grad_norm(self)

@@ -88,7 +88,7 @@ def take_step(
     is_leaky: bool = False,
 ) -> Step:
     engine, chunks = build_tiny({"use_distributed_optimizer": False}, model=model)
-    engine.num_sources = 2
+    engine.loss.num_sources = 2
     engine.build_optimizer(OptimizerSettings(lr=1e-2, clip_grad=0.0))
     batches = make_batches(sizes, layout, chunks[0].route, weight)
     if is_leaky:  # as if the samples of a row were one

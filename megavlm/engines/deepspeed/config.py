@@ -39,7 +39,7 @@ class DeepSpeedEngineConfig(MegatronEngineConfig):
     reduce_bucket_size: pydantic.PositiveInt = 500_000_000
     """Gradients reduced at once, in elements."""
     stage3_prefetch_bucket_size: pydantic.NonNegativeInt = 50_000_000
-    """Stage 3: weights gathered ahead of their use, in elements."""
+    """Stage 3: weights gathered ahead of their use, in elements. Weights on ``nvme`` are not."""
     stage3_max_live_parameters: pydantic.NonNegativeInt = 1_000_000_000
     """Stage 3: weights held whole on a rank at a time, in elements."""
     stage3_param_persistence_threshold: pydantic.NonNegativeInt = 100_000
@@ -71,6 +71,13 @@ class DeepSpeedEngineConfig(MegatronEngineConfig):
             raise ValueError(
                 f"engine.offload_optimizer=nvme: needs zero_stage=3, which is {self.zero_stage}. Offload to cpu, or "
                 "set zero_stage=3."
+            )
+        read_ahead = self.stage3_prefetch_bucket_size
+        default = type(self).model_fields["stage3_prefetch_bucket_size"].default
+        if self.offload_param == "nvme" and read_ahead not in (0, default):
+            raise ValueError(
+                f"engine.stage3_prefetch_bucket_size={read_ahead}: weights on nvme are not read ahead. Leave it out, "
+                "or offload weights to cpu."
             )
         if self.uses_nvme and self.nvme_path is None:
             raise ValueError("engine.nvme_path=None: nvme is offloaded to. Give a folder on a local disk.")
@@ -171,8 +178,11 @@ class DeepSpeedEngineConfig(MegatronEngineConfig):
             if device == "nvme":
                 zero[name]["nvme_path"] = str(swap_folder)
         if self.offload_param == "nvme":
-            # DeepSpeed would keep the first 1e9 elements in CPU memory all the same
+            # DeepSpeed would keep the first 1e9 elements in CPU memory all the same. Reading ahead, it asks for a
+            # weight twice where forward and backward pass meet, and fails ("already assigned swap buffer";
+            # zero/partitioned_param_coordinator.py, __prefetch_nvme_param_partitions).
             zero["offload_param"] |= {"max_in_cpu": 0, "buffer_size": largest_share}
+            zero["stage3_prefetch_bucket_size"] = 0
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,

@@ -202,7 +202,7 @@ class DeepSpeedEngine(MegatronEngine):
 
     def _backward(self, loss: Tensor, *, is_last: bool) -> None:
         # DeepSpeed averages over the data-parallel ranks, and losses are summed
-        self._running.backward(self._scale_loss(loss) * self.data_parallel_size, is_last=is_last)
+        self._running.backward(self.loss.scale(loss) * self.data_parallel_size, is_last=is_last)
 
     def _update_weights(self) -> tuple[float, bool]:
         """Clip and step. Returns the gradient norm and whether the weights were updated (the same on every rank)."""

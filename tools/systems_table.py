@@ -44,56 +44,31 @@ SYSTEMS = (
     System("LLaVA-1.5 7B", "llava", ("llava_1_5_7b_stage1", "llava_1_5_7b_stage2")),
     System("LLaVA-1.5 7B, LoRA", "llava", ("llava_1_5_7b_stage1", "llava_1_5_7b_stage2_lora")),
     System("VILA 7B", "vila", ("vila_7b_stage0", "vila_7b_stage1", "vila_7b_stage2")),
-    System(
-        "MM1 3B",
-        "mm1",
-        ("mm1_3b_c_abstractor", "mm1_3b_sft"),
-        "AdaFactor; a larger grid for the C-Abstractor's positions, so stage 2 does not start from stage 1",
-    ),
-    System("MM1 3B-MoE", "mm1", ("mm1_3b_moe",), "the C-Abstractor in this recipe"),
-    System("MM1 7B-MoE", "mm1", ("mm1_7b_moe",), "the C-Abstractor in this recipe"),
-    System(
-        "MM1.5 3B",
-        "mm1_5",
-        ("mm1_5_3b_pretrain", "mm1_5_3b_continual", "mm1_5_3b_sft"),
-        "AdaFactor; a larger grid for the C-Abstractor's positions, so stage 2 does not start from stage 1",
-    ),
-    System(
-        "POINTS 9B",
-        "points",
-        ("points_9b_ocr_vit", "points_9b_pretrain", "points_9b_sft"),
-        "training three layers of one encoder; a command that puts two encoders into one model",
-    ),
-    System(
-        "BLIP-2",
-        "blip2",
-        ("blip2_stage1", "blip2_7b_stage2"),
-        "start from BERT; OPT and Flan-T5; training of the LayerNorm behind the frozen encoder",
-    ),
+    System("MM1 3B", "mm1", ("mm1_3b", "mm1_3b_sft"), "AdaFactor"),
+    System("MM1 3B-MoE", "mm1", ("mm1_3b_moe",)),
+    System("MM1 7B-MoE", "mm1", ("mm1_7b_moe",)),
+    System("MM1.5 3B", "mm1_5", ("mm1_5_3b_pretrain", "mm1_5_3b_continual", "mm1_5_3b_sft"), "AdaFactor"),
+    System("POINTS 9B", "points", ("points_9b_ocr_vit", "points_9b_pretrain", "points_9b_sft")),
+    System("BLIP-2", "blip2", ("blip2_stage1", "blip2_7b_stage2"), "OPT and Flan-T5"),
     System(
         "MiniGPT-4 7B",
         "minigpt4",
         ("minigpt4_7b_stage1", "minigpt4_7b_stage2"),
-        "freezing the Q-Former while the linear layer behind it trains; its chat format",
+        "a Q-Former that was trained in front of Flan-T5 (here: a Llama)",
     ),
-    System(
-        "mPLUG-Owl 7B",
-        "mplug_owl",
-        ("mplug_owl_7b_stage1", "mplug_owl_7b_stage2"),
-        "its chat format",
-    ),
+    System("mPLUG-Owl 7B", "mplug_owl", ("mplug_owl_7b_stage1", "mplug_owl_7b_stage2")),
     System(
         "Flamingo 3B",
         "flamingo",
         ("flamingo_3b",),
-        "NFNet; the gated feed-forward layer beside cross-attention; video; the random next image in training; "
-        "no weight decay on the resampler",
+        "NFNet, and the width of the resampler behind it; video; weights of data sets in the loss (here: shares of the "
+        "samples)",
     ),
     System(
         "VPGTrans",
         "vpgtrans",
         ("vpgtrans_7b_warmup", "vpgtrans_7b_finetune"),
-        "warm-up of the projector without its Q-Former; OPT and Flan-T5",
+        "OPT and Flan-T5",
     ),
     System("NVLM-D 72B", "nvlm", ("nvlm_d_72b_pretrain", "nvlm_d_72b_sft")),
     System("NVLM-X 72B", "nvlm", ("nvlm_x_72b_pretrain", "nvlm_x_72b_sft")),
@@ -152,7 +127,8 @@ def _connector(model: VLMConfig) -> str:
 
 def _fusion(model: VLMConfig) -> str:
     layers = model.cross_attention_layers
-    return model.fusion.kind + (f", {len(layers)} of {model.decoder.num_layers} layers" if layers else "")
+    text = model.fusion.kind + (f", {len(layers)} of {model.decoder.num_layers} layers" if layers else "")
+    return text + (", each with a feed-forward layer" if model.gated_feed_forward is not None else "")
 
 
 def _language(model: VLMConfig) -> str:
@@ -174,9 +150,11 @@ def _tiling(recipe: Recipe) -> str:
 
 def _stage(recipe: Recipe) -> str:
     training = recipe.training
+    within = training.trained.within
+    parts = [f"{part} ({', '.join(within[part])})" if part in within else part for part in training.trainable]
     scaled = "".join(f", {part} x {factor:g}" for part, factor in training.lr_scale.items())
     return (
-        f"{' + '.join(training.trainable)}, {training.train_iters:,} x {training.global_batch_size:,}, "
+        f"{' + '.join(parts)}, {training.train_iters:,} x {training.global_batch_size:,}, "
         f"lr {training.optimizer.lr:.3g}{scaled}"
     )
 

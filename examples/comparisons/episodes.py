@@ -1,4 +1,4 @@
-"""Rows that the ready but unrun comparisons use: pictures in series with names made up for each, and wrong captions."""
+"""Rows of few_shot.yaml and filtered.yaml: pictures in series with names made up for each, and wrong captions."""
 
 from collections import defaultdict
 from collections.abc import Sequence

@@ -39,7 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     What a user can mend ends in one line; ``MEGAVLM_TRACEBACK=1`` shows where it was raised.
     """
-    options = _parse(arguments)
+    try:
+        options = _parse(arguments)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("megavlm"):
+            raise
+        sys.exit(f"megavlm: error: {error.name} is not installed. pip install -c constraints.txt -r requirements.txt")
     quiet_third_parties()
     try:
         options.run(options)

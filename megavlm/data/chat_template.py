@@ -23,6 +23,8 @@ EOS = Special("end of text")
 
 Piece = str | Special
 
+_WHITE_SPACE = " \t\r\n"
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -49,6 +51,8 @@ class ChatTemplate:
     answer_start: str = ""
     """Text before each answer that the model writes itself (a space); trained."""
     conversation_prefix: tuple[Piece, ...] = ()
+    turns_prefix: tuple[Piece, ...] = ()
+    """Before the first turn, behind a system message."""
     system_prefix: tuple[Piece, ...] = ()
     system_suffix: tuple[Piece, ...] = ()
     system_inside_first_user: bool = False
@@ -57,12 +61,16 @@ class ChatTemplate:
     """System message of a conversation without one, unless the recipe names another."""
     keeps_user_text: bool = True
     """Whether the user's words are kept; otherwise only the images."""
+    image_separator: str | None = None
+    """What stands between an image of the user's turn and its neighbours, in place of white space; None: what the turn
+    has there."""
 
     @property
     def specials(self) -> set[Special]:
         """Every special symbol that the template may write."""
         pieces = (
             *self.conversation_prefix,
+            *self.turns_prefix,
             *self.system_prefix,
             *self.system_suffix,
             *self.user_prefix,
@@ -71,6 +79,12 @@ class ChatTemplate:
             *self.assistant_suffix,
         )
         return {piece for piece in pieces if isinstance(piece, Special)}
+
+    @property
+    def stop_text(self) -> str:
+        """The text that ends the assistant's turn, where that is no special symbol; otherwise nothing."""
+        end = next(iter(self.assistant_suffix), "")
+        return end if isinstance(end, str) and end.strip() else ""
 
 
 _IM_START = Special("<|im_start|>")
@@ -128,6 +142,33 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
             "The assistant gives helpful, detailed, and polite answers to the user's questions."
         ),
     ),
+    # MiniGPT-4's second stage: prompt_template and end_sym of its train_configs/minigpt4_stage2_finetune.yaml; later
+    # turns as in its conversation.py. "###" stands between turns and is the only end that is learnt. Images are in
+    # <Img>...</Img> (data.image_wrapper).
+    "minigpt4": ChatTemplate(
+        conversation_prefix=(BOS,),
+        turns_prefix=("###",),
+        user_prefix=("Human: ",),
+        user_suffix=(" ###",),
+        assistant_prefix=("Assistant:",),
+        answer_start=" ",
+        assistant_suffix=("###",),
+        image_separator=" ",
+    ),
+    # mPLUG-Owl (its xgpt3_dataset.py): each image is a line of the human's own.
+    "mplug_owl": ChatTemplate(
+        conversation_prefix=(BOS,),
+        user_prefix=("\nHuman: ",),
+        user_suffix=("\n",),
+        assistant_prefix=("AI:",),
+        answer_start=" ",
+        assistant_suffix=(EOS,),
+        default_system=(
+            "The following is a conversation between a curious human and AI assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the user's questions."
+        ),
+        image_separator="\nHuman: ",
+    ),
 }
 
 
@@ -150,6 +191,7 @@ def render(template: ChatTemplate, conversation: Conversation, system_prompt: st
     if system is not None and not template.system_inside_first_user:
         segments += _system(template, system)
         system = None
+    segments += _fixed(template.turns_prefix)
     for turn, message in enumerate(turns):
         if message.role == "user":
             segments += _user(template, message, system)
@@ -195,8 +237,26 @@ def _system(template: ChatTemplate, system: Message) -> list[Segment]:
 
 def _user(template: ChatTemplate, message: Message, system: Message | None) -> list[Segment]:
     inside = _system(template, system) if system is not None else []
-    content = [Segment(part, False) for part in message.parts if template.keeps_user_text or isinstance(part, ImageRef)]
+    parts = message.parts if template.image_separator is None else _separated(message.parts, template.image_separator)
+    content = [Segment(part, False) for part in parts if template.keeps_user_text or isinstance(part, ImageRef)]
     return _fixed(template.user_prefix) + inside + content + _fixed(template.user_suffix)
+
+
+def _separated(parts: Sequence[str | ImageRef], separator: str) -> list[str | ImageRef]:
+    """Texts and images with ``separator`` on both sides of each image, in place of the white space there."""
+    laid: list[str | ImageRef] = []
+    for part in parts:
+        last = laid[-1] if laid else None
+        if isinstance(part, str) and isinstance(last, str):
+            laid[-1] = last + part
+            continue
+        if isinstance(part, str) and isinstance(last, ImageRef):
+            part = part.lstrip(_WHITE_SPACE)
+        elif isinstance(part, ImageRef) and isinstance(last, str):
+            laid[-1:] = [last.rstrip(_WHITE_SPACE)] if last.strip(_WHITE_SPACE) else []
+        if part != "":
+            laid += [separator, part] if laid and (isinstance(part, ImageRef) or isinstance(last, ImageRef)) else [part]
+    return laid
 
 
 def _answer(template: ChatTemplate, message: Message, turn: int) -> list[Segment]:

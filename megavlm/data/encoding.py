@@ -7,11 +7,12 @@ from typing import Literal
 from megavlm.data.chat_template import BOS, EOS, Segment, Special
 from megavlm.data.tokenizers import Tokenizer
 
-ImageWrapper = Literal["nvlm", "internvl", "none"]
+ImageWrapper = Literal["nvlm", "internvl", "minigpt4", "none"]
 
 IMAGE_WRAPPERS: dict[ImageWrapper, tuple[str, str]] = {
     "nvlm": ("<Image>", "</Image>"),
     "internvl": ("<img>", "</img>"),
+    "minigpt4": ("<Img>", "</Img>"),
     "none": ("", ""),
 }
 """The text before and after an image; a special token where the tokenizer has one of that spelling (InternVL's own)."""

@@ -53,10 +53,10 @@ def ask(
         raise ValueError(f"prompt: {error.skipped.reason}: {error.skipped.message}") from None
     text = TextStream(parts.tokenizer)
     pieces = []
-    for [token] in stream(parts, [prompt], max_new_tokens=settings.max_new_tokens, sampling=settings.sampling):
-        assert token is not None, "a single row goes on until the stream ends"
-        pieces.append(text.add(token))
-        say(pieces[-1])
+    for [tokens] in stream(parts, [prompt], max_new_tokens=settings.max_new_tokens, sampling=settings.sampling):
+        for token in tokens:
+            pieces.append(text.add(token))
+            say(pieces[-1])
     pieces.append(text.end())
     say(pieces[-1])
     return "".join(pieces)

@@ -13,6 +13,7 @@ from megavlm.batch import Batch
 from megavlm.build import Parts
 from megavlm.data import Sample, collate
 from megavlm.inference.sampling import Sampling, choose
+from megavlm.inference.turn_end import TurnEnd
 from megavlm.models.cache import KeyValueCache
 
 GREEDY = Sampling()
@@ -44,10 +45,9 @@ def generate(
         ValueError: the layout is one that a cache does not work with.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(parts, prompts, max_new_tokens=max_new_tokens, sampling=sampling, use_cache=use_cache):
-        for answer, token in zip(answers, tokens, strict=True):
-            if token is not None:
-                answer.append(token)
+    for came in stream(parts, prompts, max_new_tokens=max_new_tokens, sampling=sampling, use_cache=use_cache):
+        for answer, tokens in zip(answers, came, strict=True):
+            answer += tokens
     return answers
 
 
@@ -58,25 +58,24 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     use_cache: bool = True,
-) -> Iterator[list[int | None]]:
-    """Like :func:`generate`, token by token.
+) -> Iterator[list[list[int]]]:
+    """Like :func:`generate`, as tokens come.
 
     Yields:
-        The next token of each prompt, None where its turn has ended. Every rank must take all of them.
+        What each prompt's answer gains: mostly a token; none where its turn has ended, or where the last ones may be
+        the beginning of the text that ends it. Every rank must take all of them.
     """
     steps: _Cached | _Whole = _Cached(parts, prompts, max_new_tokens) if use_cache else _Whole(parts, prompts)
     streams = sampling.streams(len(prompts))
-    is_open = [True] * len(prompts)
+    stop_token_ids, stop_text = parts.processor.stop_token_ids, parts.processor.stop_text
+    ends = [TurnEnd(parts.tokenizer, stop_token_ids, stop_text) for _ in prompts]
     next_tokens: list[int] | None = None
     for _ in range(max_new_tokens):
-        chosen = choose(steps.logits(next_tokens), sampling, streams)
-        is_open = [
-            still and token not in parts.processor.stop_token_ids for still, token in zip(is_open, chosen, strict=True)
-        ]
-        if not any(is_open):
+        next_tokens = choose(steps.logits(next_tokens), sampling, streams)
+        yield [end.add(token) for end, token in zip(ends, next_tokens, strict=True)]
+        if not any(end.is_open for end in ends):
             return
-        yield [token if still else None for token, still in zip(chosen, is_open, strict=True)]
-        next_tokens = chosen
+    yield [end.rest() for end in ends]
 
 
 class _Whole:

@@ -93,7 +93,7 @@ def shares(given: Sequence[float] | None, count: int) -> tuple[float, ...]:
         return (1 / count,) * count
     if len(given) != count:
         raise ValueError(
-            f"--weights={','.join(f'{one:g}' for one in given)}: {len(given)} for {count} models. Give one for each model."
+            f"--weights={','.join(f'{one:g}' for one in given)}: {len(given)} for {count} models. Give one for each."
         )
     for weight in given:
         if not (math.isfinite(weight) and weight > 0):

@@ -30,4 +30,4 @@ def test_the_small_recipes_train(dataset: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:]
     for name in NAMES:
         assert f"trained {name}\n" in done.stdout
-    assert (tmp_path / "runs/points_soup/soup.md").is_file()
+    assert (tmp_path / "runs/points_tiny/soup/soup.md").is_file()

@@ -27,7 +27,10 @@ NAMES = (
     "mm1/tiny_average_pooling",
     "mm1/tiny_attention_pooling",
     "mm1_5/tiny",
-    "points/tiny",
+    "points/tiny_ocr_vit",
+    "points/tiny_pretrain",
+    "points/tiny_sft",
+    "points/tiny_sft_2",
     "blip2/tiny",
     "blip2/tiny_stage1",
     "blip2/tiny_stage2",
@@ -45,7 +48,8 @@ NAMES = (
 def run(name: str, dataset: Path, runs: Path, *overrides: str) -> None:
     """Train a recipe for two steps, its runs and those it starts from under ``runs``."""
     recipe = load_recipe(EXAMPLES / f"{name}.yaml", [], Recipe)
-    started_from = [str(runs / path) for path in recipe.checkpoint.pretrained_checkpoints]
+    sources = [source.model_dump(mode="json", exclude_none=True) for source in recipe.checkpoint.pretrained_checkpoint]
+    started_from = [{**source, "path": str(runs / source["path"])} for source in sources]
     changes = [
         f"tokenizer.path={dataset / 'tokenizer.model'}",
         f"data.train={{kind: jsonl, path: {dataset / 'train.jsonl'}}}",
@@ -55,7 +59,7 @@ def run(name: str, dataset: Path, runs: Path, *overrides: str) -> None:
         "training.micro_batch_size=2",
         "training.optimizer.lr_warmup_iters=0",
         f"checkpoint.save={runs / recipe.checkpoint.save}",
-        f"checkpoint.pretrained_checkpoint={started_from or 'null'}",
+        f"checkpoint.pretrained_checkpoint={json.dumps(started_from)}",
         "logging.tensorboard=false",
         "logging.log_interval=1",
         *overrides,
@@ -87,9 +91,11 @@ def main() -> None:
             folder = runs / "runs/vpgtrans_tiny"
             settings = ConverterSettings(loss="mse")
             transfer(folder / "source", folder / "target", folder / "transferred", settings)
+        if name == "points/tiny_pretrain":
+            run("points/tiny_ocr_vit", dataset, runs, f"checkpoint.save={runs / 'runs/points_tiny/general'}")
         run(name, dataset, runs)
-    run("points/tiny", dataset, runs, "training.seed=2", f"checkpoint.save={runs / 'runs/points_tiny_2'}")
-    make_soup([runs / "runs/points_tiny", runs / "runs/points_tiny_2"], runs / "runs/points_soup", SoupSettings())
+    points = runs / "runs/points_tiny"
+    make_soup([points / "sft", points / "sft_2"], points / "soup", SoupSettings())
 
 
 if __name__ == "__main__":

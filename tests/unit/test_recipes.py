@@ -12,6 +12,7 @@ from megavlm.batch import TileRoute
 from megavlm.build import check_run
 from megavlm.config import load_recipe
 from megavlm.data.tilings import DynamicTilingConfig
+from megavlm.models.taken import PretrainedConfig
 from megavlm.planning.parameters import count_recipe_parameters
 from megavlm.recipe import Recipe
 
@@ -202,8 +203,11 @@ def test_stages_are_those_of_the_tables(kind: str, size: str) -> None:
     pretrain, sft = (load(EXAMPLES / f"nvlm/nvlm_{kind}_{size}_{folder.name}.yaml") for folder in folders)
     assert row_of_table(pretrain) == TABLE_10[kind]
     assert row_of_table(sft) == TABLE_11[kind, size]
-    assert (pretrain.checkpoint.save, pretrain.checkpoint.pretrained_checkpoint) == (folders[0], None)
-    assert (sft.checkpoint.save, sft.checkpoint.pretrained_checkpoint) == (folders[1], folders[0])
+    assert (pretrain.checkpoint.save, pretrain.checkpoint.pretrained_checkpoint) == (folders[0], [])
+    assert (sft.checkpoint.save, sft.checkpoint.pretrained_checkpoint) == (
+        folders[1],
+        [PretrainedConfig(path=folders[0])],
+    )
     assert pretrain.engine.tensor_model_parallel_size == sft.engine.tensor_model_parallel_size == 8
     assert pretrain.training.optimizer.lr_decay_style == sft.training.optimizer.lr_decay_style == "cosine"
 

@@ -1,5 +1,6 @@
 """The systems' recipes: the published models' parameters, the papers' stages, and a table that the recipes write."""
 
+import functools
 import importlib.util
 import itertools
 from pathlib import Path
@@ -13,6 +14,8 @@ from megavlm.cli import main
 from megavlm.config import load_recipe
 from megavlm.data.blend import BlendConfig
 from megavlm.models.connectors import CONNECTORS
+from megavlm.models.part import QFORMER_OUTPUT, part_of
+from megavlm.models.taken import lies_in, moved
 from megavlm.planning.parameters import build_whole, count_recipe_parameters, recipe_vocab_size
 from megavlm.recipe import Recipe
 
@@ -125,7 +128,7 @@ def test_lora_has_the_published_sizes() -> None:
     assert lora == 32 * 128 * (in_attention + in_ffn)
 
 
-@pytest.mark.parametrize("name", ["mm1/mm1_3b_c_abstractor", "mm1/mm1_3b_sft", "mm1_5/mm1_5_3b_sft"])
+@pytest.mark.parametrize("name", ["mm1/mm1_3b", "mm1/mm1_7b_moe", "mm1/mm1_3b_sft", "mm1_5/mm1_5_3b_sft"])
 def test_mm1_gives_144_tokens_at_any_resolution(name: str) -> None:
     assert load(name).model.tokens_per_tile == 144
 
@@ -150,6 +153,13 @@ def test_flamingo_reads_in_every_layer() -> None:
     recipe = load("flamingo/flamingo_3b")
     assert recipe.model.cross_attention_layers == tuple(range(24))
     assert recipe.model.fusion.tile_route.text_sees == "last_image"
+    counts = count_recipe_parameters(recipe)
+    # attention, a feed-forward layer of four times the width, two norms and two gates; the context's norm
+    block = 4 * 2048**2 + 2 * 4 * 2048**2 + 2 * 2048 + 2
+    assert counts["cross_attention"] == 24 * block + 2048
+    assert (round(counts["cross_attention"] / 1e9, 1), round(counts["language"] / 1e9, 1)) == (1.2, 1.4)  # published
+    assert recipe.training.weight_decay_scale == {"connector": 0.0}
+    assert recipe.data.next_image_probability == 0.5
     every_fourth = load("flamingo/flamingo_3b", "model.language.num_layers=40", "model.fusion.every_n_layers=4")
     assert len(every_fourth.model.cross_attention_layers) == 10  # Flamingo-9B
 
@@ -216,6 +226,87 @@ def test_modules_that_train_alone(name: str, millions: float) -> None:
     assert trained / 1e6 == pytest.approx(millions, abs=0.01)
 
 
+# stages that start from another one's run -> parts, or modules of them, that come from it
+CHAINS = {
+    "mm1/mm1_3b_sft": {"mm1/mm1_3b": "vision connector language"},
+    "mm1_5/mm1_5_3b_continual": {"mm1_5/mm1_5_3b_pretrain": "vision connector language"},
+    "mm1_5/mm1_5_3b_sft": {"mm1_5/mm1_5_3b_continual": "vision connector language"},
+    "points/points_9b_pretrain": {"points/points_9b_ocr_vit": "vision.encoders.1 connector.mlp"},
+    "points/points_9b_sft": {"points/points_9b_pretrain": "vision connector language"},
+    "points/tiny_pretrain": {"points/tiny_ocr_vit": "vision.encoders.1 connector.mlp language"},
+    "points/tiny_sft_2": {"points/tiny_pretrain": "vision connector language"},
+    "blip2/blip2_7b_stage2": {
+        "blip2/blip2_stage1": "vision connector.queries connector.layernorm connector.layers",
+    },
+    "minigpt4/minigpt4_7b_stage1": {
+        "blip2/blip2_7b_stage2": "vision connector.queries connector.layernorm connector.layers"
+    },
+    "minigpt4/minigpt4_7b_stage2": {"minigpt4/minigpt4_7b_stage1": "vision connector language"},
+    "minigpt4/tiny": {"blip2/tiny": "vision connector.queries connector.layernorm connector.layers language"},
+    "mplug_owl/mplug_owl_7b_stage2": {"mplug_owl/mplug_owl_7b_stage1": "vision connector language"},
+    "vpgtrans/vpgtrans_7b_finetune": {"vpgtrans/vpgtrans_7b_warmup": "vision connector language"},
+}
+
+
+@functools.cache
+def shapes_of(name: str) -> dict[str, torch.Size]:
+    recipe = load(name)
+    vocab_size = recipe.model.language.vocab_size or 300
+    with build_whole(recipe, vocab_size) as model:
+        return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_stage_starts_from_the_one_before(name: str) -> None:
+    """The run folder is that of the stage before, and what is taken of it has all its names and shapes here."""
+    recipe = load(name)
+    shapes = shapes_of(name)
+    for earlier_name, parts in CHAINS[name].items():
+        earlier = load(earlier_name)
+        (source,) = (s for s in recipe.checkpoint.pretrained_checkpoint if s.path == earlier.checkpoint.save)
+        held = shapes_of(earlier_name)
+        names = source.take or {part: part for part in {part_of(key) for key in held} & {part_of(k) for k in shapes}}
+        taken = {key: moved(key, names) for key in shapes if moved(key, names) is not None}
+        fresh = [key for key, there in taken.items() if there not in held]
+        assert all(key.startswith(QFORMER_OUTPUT) and key in recipe.training.trained for key in fresh)
+        came = {key: held[str(there)] for key, there in taken.items() if key not in fresh}
+        assert came == {key: shapes[key] for key in came}
+        assert {there for there in taken.values() if there in held} == {
+            key for key in held if any(lies_in(key, there) for there in names.values())
+        }
+        expected = parts.split()
+        assert all(any(lies_in(key, part) for part in expected) for key in came)
+        assert all(any(lies_in(key, part) for key in came) for part in expected)
+
+
+def test_what_no_stage_before_has_trains() -> None:
+    """MiniGPT-4's linear layer and mPLUG-Owl's LoRA start fresh."""
+    for name, fresh in (
+        ("minigpt4/minigpt4_7b_stage1", "connector.projection"),
+        ("mplug_owl/mplug_owl_7b_stage2", "lora"),
+    ):
+        recipe = load(name)
+        keys = [key for key in shapes_of(name) if lies_in(key, fresh)]
+        assert keys
+        assert all(key in recipe.training.trained for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "wrapper"),
+    [
+        ("minigpt4/minigpt4_7b_stage1", "llava_plain", "none"),
+        ("minigpt4/minigpt4_7b_stage2", "minigpt4", "minigpt4"),
+        ("mplug_owl/mplug_owl_7b_stage1", "llava_plain", "none"),
+        ("mplug_owl/mplug_owl_7b_stage2", "mplug_owl", "none"),
+        ("points/points_9b_sft", "chatml", "none"),
+        ("llava/llava_1_5_7b_stage2", "vicuna", "none"),
+    ],
+)
+def test_chat_formats_are_those_of_the_papers(name: str, template: str, wrapper: str) -> None:
+    data = load(name).data
+    assert (data.chat_template, data.image_wrapper) == (template, wrapper)
+
+
 def test_rates_of_parts() -> None:
     """LLaVA-1.5's connector beside LoRA has 2e-5, POINTS' MLP beside the encoder 2e-5."""
     for name in ("llava/llava_1_5_7b_stage2_lora", "points/points_9b_ocr_vit"):
@@ -225,7 +316,7 @@ def test_rates_of_parts() -> None:
 
 # recipe -> share of each source
 SHARES = {
-    "mm1/mm1_3b_c_abstractor": {"captions": 0.45, "interleaved": 0.45, "text": 0.1},
+    "mm1/mm1_3b": {"captions": 0.45, "interleaved": 0.45, "text": 0.1},
     "mm1_5/mm1_5_3b_pretrain": {"captions": 0.5, "interleaved": 0.1, "text": 0.4},
     "minigpt4/minigpt4_7b_stage1": {"laion": 115 / 129, "cc_sbu": 14 / 129},
     "vpgtrans/vpgtrans_7b_finetune": {"coco": 0.1, "visual_genome": 0.2, "laion_coco": 0.7},
@@ -313,4 +404,4 @@ def test_the_table_has_every_system(tool: ModuleType) -> None:
     named = {(system.folder, stage) for system in tool.SYSTEMS for stage in system.stages}
     for folder in FOLDERS:
         for path in (EXAMPLES / folder).glob("*_stage*.yaml"):
-            assert (folder, path.stem) in named or path in TINY, path
+            assert (folder, path.stem) in named or path.stem.startswith(("tiny", "real")), path

@@ -18,6 +18,33 @@ _PARTS = """\
 {%- endif -%}
 {%- endmacro -%}
 """
+# The user's turn where images stand apart from their neighbours. \ufdd0 stands around texts that come from
+# published_code/text_megavlm.py.
+_SEPARATED = """\
+{%- macro separated(content, keeps_text) -%}
+{%- if content is string -%}
+{{ content }}
+{%- else -%}
+{%- set laid = namespace(text='', last='') -%}
+{%- for part in content -%}
+{%- if part.type in ['image', 'image_url'] -%}
+{%- if laid.last == 'text' -%}{%- set laid.text = laid.text.rstrip(' \\t\\r\\n\\ufdd0') -%}{%- endif -%}
+{%- if laid.text != '' -%}{%- set laid.text = laid.text ~ @separator -%}{%- endif -%}
+{%- set laid.text = laid.text ~ @image -%}
+{%- set laid.last = 'image' -%}
+{%- else -%}
+{%- set text = part.text.lstrip(' \\t\\r\\n\\ufdd0') if laid.last == 'image' else part.text -%}
+{%- if text != '' -%}
+{%- if laid.last == 'image' -%}{%- set laid.text = laid.text ~ @separator -%}{%- endif -%}
+{%- set laid.text = laid.text ~ text -%}
+{%- set laid.last = 'text' -%}
+{%- endif -%}
+{%- endif -%}
+{%- endfor -%}
+{{ laid.text }}
+{%- endif -%}
+{%- endmacro -%}
+"""
 _SYSTEM = """\
 {%- set turns = messages -%}
 {%- set system = '' -%}
@@ -30,11 +57,12 @@ _SYSTEM = """\
 """
 _BEGINNING = "{{ @conversation_prefix }}"
 _SYSTEM_FIRST = "{{ system }}"
+_TURNS_PREFIX = "{{ @turns_prefix }}"
 _TURNS = """\
 {%- for message in turns -%}
 {%- if message.role == ('assistant' if loop.index0 % 2 else 'user') -%}
 {%- if message.role == 'user' -%}
-{{ @user_prefix }}@inside{{ parts(message.content, @keeps_text) }}{{ @user_suffix }}
+{{ @user_prefix }}@inside{{ @user_parts(message.content, @keeps_text) }}{{ @user_suffix }}
 {%- else -%}
 {{ @assistant_prefix }}{{ @answer_start }}{{ parts(message.content, true) }}{{ @assistant_suffix }}
 {%- endif -%}
@@ -69,7 +97,10 @@ def chat_jinja(
         "@keeps_text": "true" if template.keeps_user_text else "false",
         "@answer_start": _quoted(template.answer_start),
         "@inside": _INSIDE if template.system_inside_first_user else "",
+        "@user_parts": "parts" if template.image_separator is None else "separated",
+        "@separator": _quoted(template.image_separator or ""),
         "@conversation_prefix": literal(template.conversation_prefix),
+        "@turns_prefix": literal(template.turns_prefix),
         "@system_prefix": literal(template.system_prefix),
         "@system_suffix": literal(template.system_suffix),
         "@user_prefix": literal(template.user_prefix),
@@ -78,7 +109,9 @@ def chat_jinja(
         "@assistant_suffix": literal(template.assistant_suffix),
     }
     head = "" if template.system_inside_first_user else _SYSTEM_FIRST
-    source = _PARTS + _SYSTEM + _BEGINNING + head + "\n" + _TURNS.rstrip("\n")
+    head += _TURNS_PREFIX if template.turns_prefix else ""
+    macros = _PARTS + (_SEPARATED if template.image_separator is not None else "")
+    source = macros + _SYSTEM + _BEGINNING + head + "\n" + _TURNS.rstrip("\n")
     return re.sub("@[a-z_]+", lambda match: values[match[0]], source)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,16 +15,19 @@ from megavlm.benchmark.useful import COUNTED, count_batch
 from megavlm.config import load_recipe, validate
 from megavlm.models.config import VLMConfig
 from megavlm.planning.flops import count_flops
+from megavlm.planning.row import full_row
 from megavlm.recipe import Recipe
 
+EXAMPLES = Path(__file__).parents[3] / "examples"
 MOE = {**TINY, "language": {**TINY["language"], "moe": {"num_moe_experts": 4, "moe_layer_freq": 2}}}
 MODELS: dict[str, dict[str, Any]] = {"D": TINY, "X": X, "H": H, "experts": MOE, "Flamingo": FLAMINGO}
 ALL = ["vision", "connector", "language"]
 
 
-def recipe_of(model: dict[str, Any], trainable: list[str]) -> Recipe:
+def recipe_of(model: dict[str, Any], trainable: list[str], **within: list[str]) -> Recipe:
     tree = load_recipe(TINY_RECIPE, [], Recipe).model_dump(mode="json")
     tree["model"], tree["training"]["trainable"] = model, trainable
+    tree["training"]["trainable_within"] = within
     return validate(tree, Recipe, source="test")
 
 
@@ -103,3 +107,36 @@ def test_rows_of_no_use(kind: str) -> None:
     assert 0 < half["language"] < useful["language"]
     texts.loss_mask[1] = 0.0
     assert count_batch(recipe, texts, VOCAB_SIZE)[1] == Counter()
+
+
+def test_of_modules_that_train_gradients_are_those_that_run() -> None:
+    whole = recipe_of(TINY, ["connector", "language"])
+    in_part = recipe_of(TINY, ["connector", "language"], connector=["linear_fc2"], language=["decoder.layers.3"])
+    batch = batch_of(TINY, [[3], [3]])
+    (everything, useful), (more, _) = (count_batch(recipe, batch, VOCAB_SIZE) for recipe in (in_part, whole))
+    assert useful == everything
+    num_vectors, shuffled, inner, hidden = 2 * 3 * 4, 4 * 32, 64, 32
+    # the first layer has no gradient, the second none of its input
+    assert more["connector"] - everything["connector"] == 2 * num_vectors * (2 * shuffled * inner + inner * hidden)
+    assert everything["language"] < more["language"]
+
+
+def test_pairs_are_as_long_as_their_captions() -> None:
+    recipe = load_recipe(EXAMPLES / "blip2/tiny_stage1.yaml", [], Recipe)
+    row = full_row(recipe)
+    length = row.tokens.shape[1]
+    lengths = [length, length - 5, length - 8]
+    batch = dataclasses.replace(
+        row,
+        **{name: torch.cat([getattr(row, name)] * 3) for name in ("tokens", "loss_mask", "tiles")},
+        row_lengths=torch.tensor(lengths),
+    )
+    alone: Counter[str] = Counter()
+    for number, end in enumerate(lengths):
+        batch.loss_mask[number, end:] = 0.0
+        single = dataclasses.replace(row, tokens=row.tokens[:, :end], loss_mask=row.loss_mask[:, :end])
+        alone += count_batch(recipe, single, VOCAB_SIZE)[0]
+    everything, useful = count_batch(recipe, batch, VOCAB_SIZE)
+    assert useful == alone
+    assert useful["vision"] == everything["vision"]
+    assert all(useful[part] < everything[part] for part in ("connector", "text"))

@@ -69,7 +69,7 @@ def save_and_answer(
         engine=engine,
         recipe=SimpleNamespace(engine=MegatronEngineConfig(**layout)),
         tokenizer=SimpleNamespace(pad_id=0),
-        processor=SimpleNamespace(tile_size=TILE_SIZE, route=route, stop_token_ids=frozenset()),
+        processor=SimpleNamespace(tile_size=TILE_SIZE, route=route, stop_token_ids=frozenset(), stop_text=""),
         vocab_size=VOCAB_SIZE,
         pad_multiple=1,
     )

@@ -17,6 +17,10 @@ TWO_TURNS = Conversation(
 WITH_SYSTEM = Conversation((Message("system", ("Be brief.",)), *TWO_TURNS.messages[:2]))
 
 VICUNA = CHAT_TEMPLATES["vicuna"].default_system
+OWL = (
+    "The following is a conversation between a curious human and AI assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 
 EXPECTED = {
     "chatml": (
@@ -37,6 +41,13 @@ EXPECTED = {
         f"[begin of text]{VICUNA} USER: (image)\nWhat? ASSISTANT:{{ A cat.[end of text]}}"
         "USER: Sure? ASSISTANT:{ Yes.[end of text]}"
     ),
+    "minigpt4": (
+        "[begin of text]###Human: (image) What? ###Assistant:{ A cat.###}Human: Sure? ###Assistant:{ Yes.###}"
+    ),
+    "mplug_owl": (
+        f"[begin of text]{OWL}\nHuman: (image)\nHuman: What?\nAI:{{ A cat.[end of text]}}"
+        "\nHuman: Sure?\nAI:{ Yes.[end of text]}"
+    ),
 }
 
 EXPECTED_WITH_SYSTEM = {
@@ -52,6 +63,8 @@ EXPECTED_WITH_SYSTEM = {
     "llava_plain": "Be brief.(image){A cat.[end of text]}",
     "llama2": ("[begin of text][INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n(image)\nWhat? [/INST]{ A cat. [end of text]}"),
     "vicuna": "[begin of text]Be brief. USER: (image)\nWhat? ASSISTANT:{ A cat.[end of text]}",
+    "minigpt4": "[begin of text]Be brief.###Human: (image) What? ###Assistant:{ A cat.###}",
+    "mplug_owl": "[begin of text]Be brief.\nHuman: (image)\nHuman: What?\nAI:{ A cat.[end of text]}",
 }
 
 
@@ -111,6 +124,31 @@ def test_specials_are_all_listed(name: str) -> None:
     written = {s.content for s in render(CHAT_TEMPLATES[name], WITH_SYSTEM, None) if isinstance(s.content, Special)}
     assert written == CHAT_TEMPLATES[name].specials
     assert written <= {BOS, EOS, Special("<|im_start|>"), Special("<|im_end|>")}
+
+
+OTHER = ImageRef("b.png")
+
+
+# what the user says -> the user's turn of mPLUG-Owl
+@pytest.mark.parametrize(
+    ("parts", "written"),
+    [
+        ((PICTURE, OTHER, "Same?"), "Human: (image)\nHuman: (image)\nHuman: Same?\n"),
+        ((PICTURE, "\n", OTHER, " \n Same?\n"), "Human: (image)\nHuman: (image)\nHuman: Same?\n\n"),
+        (("Left: ", PICTURE, "Right:\n", OTHER), "Human: Left:\nHuman: (image)\nHuman: Right:\nHuman: (image)\n"),
+        ((" \n", PICTURE), "Human: (image)\n"),
+        ((PICTURE, "  ", "\n", "What", " now?"), "Human: (image)\nHuman: What now?\n"),
+        (("  Hi\n",), "Human:   Hi\n\n"),
+    ],
+)
+def test_images_that_stand_apart(parts: tuple[str | ImageRef, ...], written: str) -> None:
+    segments = render_prompt(CHAT_TEMPLATES["mplug_owl"], Conversation((Message("user", parts),)), None)
+    assert write(segments) == f"[begin of text]{OWL}\n{written}AI:"
+
+
+@pytest.mark.parametrize(("name", "text"), [("minigpt4", "###"), ("mplug_owl", ""), ("llama2", ""), ("chatml", "")])
+def test_texts_that_end_an_answer(name: str, text: str) -> None:
+    assert CHAT_TEMPLATES[name].stop_text == text
 
 
 def test_an_image_in_an_answer_is_not_trained() -> None:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy
 import pytest
+import sentencepiece
 import torch
 from PIL import Image
 from small_data import IMAGE, TILE_SIZE, TOKENS_PER_TILE, byte_ids, chat
 
 from megavlm.data import DataConfig, SampleError, SampleProcessor, Tokenizer, parse_conversation
+from megavlm.data.chat_template import CHAT_TEMPLATES
 from megavlm.data.tilings import TileLayout
 from megavlm.data.tokenizers import SentencePieceTokenizerConfig
 
@@ -150,7 +152,7 @@ def test_a_broken_image_skips_the_sample(
 
 def test_a_prompt_ends_where_the_answer_begins(make_processor: MakeProcessor, write_image: Callable[..., Path]) -> None:
     path = write_image("wide.png", 16, 8)
-    for template in ("chatml", "llama2", "vicuna", "plain", "llava_plain"):
+    for template in CHAT_TEMPLATES:
         processor = make_processor(chat_template=template)
         prompt = processor.prompt("k", conversation(path))
         sample = processor("k", conversation(path))
@@ -161,7 +163,64 @@ def test_a_prompt_ends_where_the_answer_begins(make_processor: MakeProcessor, wr
         assert torch.equal(prompt.sample.tiles, sample.tiles)
 
 
-@pytest.mark.parametrize(("template", "ids"), [("chatml", {0, 3}), ("llama2", {0}), ("vicuna", {0}), ("plain", {0})])
+OWL = (
+    "The following is a conversation between a curious human and AI assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+# template and wrapper -> all of a sample but its first token; what is learnt stands in braces
+PUBLISHED_CHATS = {
+    (
+        "minigpt4",
+        "minigpt4",
+    ): "###Human: <Img>@</Img> What? ###Assistant:{ A cat.###}Human: Sure? ###Assistant:{ Yes.###}",
+    ("mplug_owl", "none"): f"{OWL}\nHuman: @\nHuman: What?\nAI:{{ A cat.$}}\nHuman: Sure?\nAI:{{ Yes.$}}",
+}
+
+
+@pytest.mark.parametrize(("template", "wrapper"), PUBLISHED_CHATS)
+def test_published_chats_to_the_token(
+    make_processor: MakeProcessor, write_image: Callable[..., Path], template: str, wrapper: str
+) -> None:
+    """MiniGPT-4's forward and mPLUG-Owl's xgpt3_dataset.py, by hand: @ is the image, $ the end of text."""
+    turns = [("human", "<image>\nWhat?"), ("gpt", "A cat."), ("human", "Sure?"), ("gpt", "Yes.")]
+    row = {
+        "image": str(write_image("a.png", 8, 8)),
+        "conversations": [{"from": role, "value": text} for role, text in turns],
+    }
+    processor = make_processor(
+        chat_template=template, image_wrapper=wrapper, tile_tags="none", tiling={"kind": "whole"}, seq_length=400
+    )
+    sample = processor("k", parse_conversation(row, "k", Path("/")))
+    tokens, is_learnt, is_open = [processor.tokenizer.bos_id], [False], False
+    for letter in PUBLISHED_CHATS[template, wrapper]:
+        is_open = {"{": True, "}": False}.get(letter, is_open)
+        if letter not in "{}":
+            ids = {"@": [IMAGE] * TOKENS_PER_TILE, "$": [processor.tokenizer.eos_id]}.get(letter) or byte_ids(letter)
+            tokens += ids
+            is_learnt += [is_open] * len(ids)
+    assert sample.tokens.tolist() == tokens
+    assert sample.loss_mask.tolist() == [*map(float, is_learnt[1:]), 0.0]
+
+
+@pytest.mark.parametrize(("template", "end"), [("minigpt4", "###"), ("mplug_owl", "")])
+def test_published_chats_teach_the_released_code_s_tokens(
+    sentencepiece_file: Path, make_processor: MakeProcessor, template: str, end: str
+) -> None:
+    """There an answer is encoded for itself, with SentencePiece's space before it."""
+    tokenizer = SentencePieceTokenizerConfig(path=sentencepiece_file).build()
+    sample = make_processor(tokenizer, chat_template=template, seq_length=400)(
+        "k", conversation(answer="the cat is red")
+    )
+    released = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
+    learnt = sample.labels[sample.loss_mask > 0].tolist()
+    assert learnt == released.encode("the cat is red" + end) + ([] if end else [tokenizer.eos_id])
+    beginning = {"minigpt4": "###Human: What? ###Assistant:", "mplug_owl": f"{OWL}\nHuman: What?\nAI:"}[template]
+    assert sample.tokens.tolist()[: -len(learnt)] == [tokenizer.bos_id, *released.encode(beginning)]
+
+
+@pytest.mark.parametrize(
+    ("template", "ids"), [("chatml", {0, 3}), ("llama2", {0}), ("vicuna", {0}), ("plain", {0}), ("minigpt4", {0})]
+)
 def test_what_ends_an_answer(make_processor: MakeProcessor, template: str, ids: set[int]) -> None:
     assert make_processor(chat_template=template).stop_token_ids == ids
 

@@ -12,20 +12,12 @@ from typing import Any
 
 import numpy
 import pytest
-import torch
 import yaml
 from PIL import Image
-from tiny_vlm import TINY, VOCAB_SIZE
 
 from megavlm.benchmark.comparison import Chain, Comparison, load_comparison, plan_chains
-from megavlm.checkpoint import RunFolder
-from megavlm.checkpoint.release import write_release
-from megavlm.checkpoint.weights import CheckpointWeights
-from megavlm.config import validate
-from megavlm.convert.parts import ModelFile, ModelParts, read_model, weight_shapes
 from megavlm.data import BlendConfig
 from megavlm.data.datasets import JsonlDatasetConfig
-from megavlm.models.config import VLMConfig
 from megavlm.planning.parameters import count_recipe_parameters
 
 FOLDER = Path(__file__).parents[3] / "examples" / "comparisons"
@@ -33,7 +25,6 @@ sys.path.insert(0, str(FOLDER))  # as Python does where the script is run
 build_comparisons = importlib.import_module("build_comparisons")
 pictures = importlib.import_module("pictures")
 soup = importlib.import_module("soup")
-take_parts = importlib.import_module("take_parts")
 sys.path.remove(str(FOLDER))
 
 FILES = {path: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.yaml"))}
@@ -226,26 +217,3 @@ def test_soup_needs_a_comparison(tmp_path: Path) -> None:
 def write_evaluation(folder: Path, exact_match: float) -> None:
     folder.mkdir(parents=True)
     (folder / "evaluation.json").write_text(json.dumps({"score": {"exact_match": exact_match}}), encoding="utf-8")
-
-
-def test_parts_of_a_model(tmp_path: Path) -> None:
-    model = ModelParts.of(validate(TINY, VLMConfig, "test"))
-    shapes = weight_shapes(model, VOCAB_SIZE)
-    described = ModelFile(model=model, tokenizer=None).dump().encode()
-    write_release(
-        RunFolder(tmp_path / "run"),
-        shapes,
-        lambda key: torch.full(shapes[key].shape, float(len(key))),
-        {"model.yaml": described},
-    )
-    target = tmp_path / "parts"
-    take_parts.main([str(tmp_path / "run"), str(target), "vision", "language"])
-    held, _ = read_model(target / "release")
-    assert held.model.names == ("vision", "language")
-    weights = CheckpointWeights(target / "release")
-    assert set(weights) == {key for key in shapes if not key.startswith("connector.")}
-    assert all(weights[key].eq(float(len(key))).all() for key in weights)
-    with pytest.raises(SystemExit, match=r"target=.*parts: exists already"):
-        take_parts.main([str(tmp_path / "run"), str(target), "vision"])
-    with pytest.raises(SystemExit, match=r"parts=connector: .*parts holds vision, language\. Choose among them"):
-        take_parts.main([str(target), str(tmp_path / "other"), "connector"])

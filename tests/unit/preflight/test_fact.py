@@ -39,11 +39,14 @@ def test_every_path_of_the_recipe_is_read_and_the_run_folder_is_not(tmp_path: Pa
         "data.train.path",
         "data.train.image_root",
         "data.valid.path",
-        "checkpoint.pretrained_checkpoint[0]",
-        "checkpoint.pretrained_checkpoint[1]",
+        "checkpoint.pretrained_checkpoint[0].path",
+        "checkpoint.pretrained_checkpoint[1].path",
     }
     assert found(recipe).problems == [
-        ("data", f"checkpoint.pretrained_checkpoint[0]={tmp_path / 'a'}: cannot be read (No such file or directory).")
+        (
+            "data",
+            f"checkpoint.pretrained_checkpoint[0].path={tmp_path / 'a'}: cannot be read (No such file or directory).",
+        )
     ]
 
 

@@ -126,12 +126,14 @@ LEFT_OUT = (
     "tests/e2e/test_train.py::test_asked_to_stop_it_saves_and_the_curve_is_the_same",
     "tests/e2e/test_train.py::test_second_stage_starts_from_the_first_and_trains_only_its_parts",
     "tests/e2e/test_train.py::test_time_is_up_and_resumed_under_another_layout",
+    "tests/parallel/test_deepspeed_nvme.py::*",  # its operator takes minutes to compile
     "tests/unit/convert/test_own_layout.py::test_a_receipt_holds",
     "tests/unit/convert/test_own_layout.py::test_bfloat16_is_near_float32",
     "tests/unit/convert/test_receipt.py::test_rounded_weights_are_compared_as_rounded",
     "tests/unit/tools/test_benchmark.py::*",
     "tests/unit/tools/test_gpu_check.py::test_a_smoke_run_*",
     "tests/unit/models/test_range_attention.py::test_compiled_*",
+    "tests/unit/planning/test_flops_in_part.py::test_counts_what_runs_where_one_parameter_trains",
     "tests/unit/upcycle/test_carried_optimizer.py::test_it_goes_on_alike_under_other_layouts",
     "tests/unit/upcycle/test_upcycle_memory.py::*",
 )

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from megavlm.batch import Batch
+from megavlm.models.config import VLMConfig
 from megavlm.models.part import PARTS
-from megavlm.planning.flops import Flops, count_flops
+from megavlm.planning.flops import count_flops
+from megavlm.planning.scope import Flops
 from megavlm.recipe import Recipe
 
 COUNTED = (*PARTS, "experts", "router")
@@ -27,15 +29,17 @@ def count_batch(recipe: Recipe, batch: Batch, vocab_size: int) -> tuple[Counter[
     """
 
     def count(one: Batch) -> Counter[str]:
-        flops: Flops = count_flops(recipe.model, one, vocab_size=vocab_size, trainable=recipe.training.trainable)
+        flops: Flops = count_flops(recipe.model, one, vocab_size=vocab_size, trainable=recipe.training.trained)
         return flops.per_part + flops.inside
 
     everything = count(batch)
     useful: Counter[str] = Counter()
     if batch.tiles.shape[0]:
-        useful.update({part: everything[part] for part in ("vision", "connector")})
+        # captions of pairs go through the connector, too
+        of_tiles = ["vision"] if recipe.model.learns_from_pairs else ["vision", "connector"]
+        useful.update({part: everything[part] for part in of_tiles})
     for row, length in enumerate(row_lengths(batch)):
-        useful.update(_count_row(count, batch, row, length, recipe.model.gated_feed_forward is not None))
+        useful.update(_count_row(count, recipe.model, batch, row, length))
     # experts with a capacity are rounded up for each row
     return everything, Counter({part: min(useful[part], everything[part]) for part in COUNTED if useful[part]})
 
@@ -48,9 +52,9 @@ def row_lengths(batch: Batch) -> list[int]:
 
 
 def _count_row(
-    count: Callable[[Batch], Counter[str]], batch: Batch, row: int, length: int, has_gated_block: bool
+    count: Callable[[Batch], Counter[str]], model: VLMConfig, batch: Batch, row: int, length: int
 ) -> Counter[str]:
-    """The decoder's operations for one row without its padding.
+    """The operations for one row without its padding: the decoder's, or those of a pair behind the encoder.
 
     Cross-attention is of no use to a row without tiles, unless a gated feed-forward layer belongs to it: then it
     counts, as if to one token of context.
@@ -66,6 +70,8 @@ def _count_row(
         loss_mask=loss_mask,
         context_length=context_length or min(1, batch.context_length),
     )
-    parts = ["language", "experts", "router"] + (["cross_attention"] if context_length or has_gated_block else [])
+    parts = ["connector", "text"] if model.learns_from_pairs else ["language", "experts", "router"]
+    if context_length or model.gated_feed_forward is not None:
+        parts.append("cross_attention")
     counted = count(alone)
     return Counter({part: counted[part] for part in parts})

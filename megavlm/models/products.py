@@ -3,10 +3,11 @@
 Embedding and output layer are left out: no kernel with such rules computes them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megavlm.models.config import VLMConfig
-from megavlm.models.connectors import FeatureShape
+from megavlm.models.connectors import FeatureShape, Products
 from megavlm.models.language import LanguageConfig
 from megavlm.models.vision.transformer import VisionTransformerConfig
 
@@ -55,19 +56,25 @@ def _encoder_sides(config: VisionTransformerConfig, tp: int) -> list[Side]:
     ]
 
 
-class _Collector:
-    """Takes down a connector's products (:class:`megavlm.models.connectors.Products`)."""
-
-    trains = False
+class _Collector(Products):
+    """Takes down products with weight matrices, whatever trains."""
 
     def __init__(self) -> None:
         self.products: list[tuple[int, int, int]] = []
 
-    def linear(self, num_vectors: int, input_size: int, output_size: int, needs_input: bool) -> bool:
+    def within(self, module: str) -> "_Collector":
+        return self
+
+    def trains(self, *parameters: str) -> bool:
+        return False
+
+    def matrix(
+        self, parameters: Sequence[str], num_vectors: int, input_size: int, output_size: int, needs_input: bool
+    ) -> bool:
         self.products.append((num_vectors, input_size, output_size))
         return False
 
-    def attention(self, num_scores: int, width: int, needs_query: bool, needs_key_value: bool) -> bool:
+    def attention(self, num_scores: int, width: int, *, query: bool, key: bool, value: bool) -> bool:
         return False
 
 

@@ -36,8 +36,8 @@ def _model_table(recipe: Recipe, vocab_size: int) -> Table:
     parameters = count_recipe_parameters(recipe, vocab_size)
     experts = count_experts(recipe.model.language)
     row = full_row(recipe)
-    trainable = recipe.training.trainable
-    flops = count_flops(recipe.model, row, vocab_size=vocab_size, trainable=trainable)
+    trained = recipe.training.trained
+    flops = count_flops(recipe.model, row, vocab_size=vocab_size, trainable=trained)
     has_experts = experts.experts > 0
     table = Table("part", "parameters", title="Model")
     if has_experts:
@@ -50,7 +50,7 @@ def _model_table(recipe: Recipe, vocab_size: int) -> Table:
         table.add_row(name, f"{count:,}", *active, state, f"{operations:.3e}", style=style)
 
     for part, count in parameters.items():
-        state = "no" if part not in trainable else "yes" if recipe.training.trained.is_whole(part) else "in part"
+        state = "no" if part not in trained.parts else "yes" if trained.is_whole(part) else "in part"
         add(part, count, experts.idle if part == "language" else 0, state, flops.per_part[part])
         if part == "language" and has_experts:
             add("  of it experts", experts.experts, experts.idle, state, flops.inside["experts"], style="dim")
@@ -60,8 +60,6 @@ def _model_table(recipe: Recipe, vocab_size: int) -> Table:
     table.caption = (
         f"A full row: {row.tokens.shape[1]} tokens{context}, {row.tiles.shape[0]} tiles. Forward and backward."
     )
-    if recipe.training.trained.within:
-        table.caption += " A part that trains in part counts as if it trained whole."
     if has_experts:
         table.caption += " Active: what one token meets."
     return table

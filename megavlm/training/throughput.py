@@ -47,7 +47,7 @@ def throughput_of(parts: Parts, num_devices: int) -> Throughput | None:
         if not is_reader():  # other ranks have no tiles
             return 0
         flops = count_flops(
-            recipe.model, batch, vocab_size=parts.tokenizer.vocab_size, trainable=recipe.training.trainable
+            recipe.model, batch, vocab_size=parts.tokenizer.vocab_size, trainable=recipe.training.trained
         )
         return flops.total
 

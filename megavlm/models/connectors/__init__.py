@@ -39,7 +39,7 @@ class ConnectorConfig(Protocol):
         """
 
     def count_products(self, products: Products, shape: FeatureShape, needs_features: bool) -> bool:
-        """Tell the matrix products of a forward pass, in the order in which they happen.
+        """Tell the matrix products of a forward pass, in the order in which they happen, and all parameters by name.
 
         Args:
             products: takes them.

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from megavlm.config import Config
 from megavlm.models.backend import Backend
-from megavlm.models.connectors.layers import Attention, check_heads, layer_norm, learned, linear, replicated_config
+from megavlm.models.connectors.layers import (
+    Attention,
+    AttentionShape,
+    check_heads,
+    count_attention,
+    layer_norm,
+    learned,
+    linear,
+    replicated_config,
+)
 from megavlm.models.connectors.products import FeatureShape, Products
 
 
@@ -42,15 +51,14 @@ class AttentionPoolingConnectorConfig(Config):
 
     def count_products(self, products: Products, shape: FeatureShape, needs_features: bool) -> bool:
         """Tell the matrix products of a forward pass; see :class:`megavlm.models.connectors.ConnectorConfig`."""
-        width, num_queries = self.hidden_size, shape.num_tiles * self.num_tokens
-        needs = needs_features or products.trains
-        query = products.linear(num_queries, width, width, products.trains)
-        products.linear(shape.num_vectors, shape.input_size, width, needs)
-        key_value = products.linear(shape.num_vectors, shape.input_size, width, needs)
-        attended = products.attention(num_queries * shape.num_patches, width, query, key_value)
-        return products.linear(
-            num_queries, width, shape.output_size, products.linear(num_queries, width, width, attended)
+        width = self.hidden_size
+        attended = count_attention(
+            products.within("attention"),
+            AttentionShape(shape.num_tiles, self.num_tokens, shape.num_patches, width, shape.input_size, width),
+            asking=products.trains("queries"),
+            read=products.norm("layernorm", needs_features),
         )
+        return products.linear("projection", shape.num_tiles * self.num_tokens, width, shape.output_size, attended)
 
     def build(
         self,

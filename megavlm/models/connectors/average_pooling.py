@@ -37,7 +37,9 @@ class AveragePoolingConnectorConfig(Config):
     def count_products(self, products: Products, shape: FeatureShape, needs_features: bool) -> bool:
         """Tell the matrix products of a forward pass; see :class:`megavlm.models.connectors.ConnectorConfig`."""
         num_vectors = shape.num_tiles * self.tokens_per_tile(shape.num_patches)
-        return products.linear(num_vectors, shape.input_size, shape.output_size, needs_features)
+        return products.linear(
+            "projection", num_vectors, shape.input_size, shape.output_size, needs_features, bias=self.bias
+        )
 
     def build(
         self,

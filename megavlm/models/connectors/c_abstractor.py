@@ -74,13 +74,17 @@ class CAbstractorConfig(Config):
     def count_products(self, products: Products, shape: FeatureShape, needs_features: bool) -> bool:
         """Tell the matrix products of a forward pass; see :class:`megavlm.models.connectors.ConnectorConfig`."""
         num_tokens = shape.num_tiles * self.tokens_per_tile(shape.num_patches)
-        needs = needs_features or products.trains
+        needs = needs_features or products.trains("positions")
         before, behind = self.block_inputs(shape.input_size)
-        for num_places, inputs in ((shape.num_vectors, before), (num_tokens, behind)):
-            for input_size in inputs:
-                needs = self._count_block(products, shape.num_tiles, num_places, input_size, needs)
-        for input_size, output_size in self.mlp_widths(shape.output_size):
-            needs = products.linear(num_tokens, input_size, output_size, needs)
+        for stage, num_places, inputs in (
+            ("before_pooling", shape.num_vectors, before),
+            ("behind_pooling", num_tokens, behind),
+        ):
+            for number, input_size in enumerate(inputs):
+                block = products.within(f"{stage}.{number}")
+                needs = self._count_block(block, shape.num_tiles, num_places, input_size, needs)
+        for number, (input_size, output_size) in enumerate(self.mlp_widths(shape.output_size)):
+            needs = products.linear(f"mlp.{number}", num_tokens, input_size, output_size, needs)
         return needs
 
     def mlp_widths(self, output_size: int) -> list[tuple[int, int]]:
@@ -91,13 +95,19 @@ class CAbstractorConfig(Config):
         self, products: Products, num_tiles: int, num_places: int, input_size: int, needs_input: bool
     ) -> bool:
         width, squeezed = self.hidden_size, squeezed_width(input_size)
-        needs = products.linear(num_places, input_size, width, needs_input)
-        needs = products.linear(num_places, _KERNEL**2 * self.group_size, width, needs)
-        needs = products.linear(num_tiles, width, squeezed, needs)
-        needs = products.linear(num_tiles, squeezed, width, needs)
+        states = products.linear("reduce", num_places, input_size, width, needs_input, bias=False)
+        states = products.norm("reduce_norm", states)
+        states = products.matrix(["mix"], num_places, _KERNEL**2 * self.group_size, width, states)
+        states = products.norm("mix_norm", states)
+        gate = products.linear("squeeze", num_tiles, width, squeezed, states)
+        gate = products.linear("excite", num_tiles, squeezed, width, gate)
+        states = products.linear("expand", num_places, width, width, states or gate, bias=False)
+        states = products.norm("expand_norm", states)
+        grid = needs_input
         if input_size != width:
-            products.linear(num_places, input_size, width, needs_input)
-        return products.linear(num_places, width, width, needs)
+            grid = products.linear("shortcut", num_places, input_size, width, grid, bias=False)
+            grid = products.norm("shortcut_norm", grid)
+        return states or grid
 
     def build(
         self,

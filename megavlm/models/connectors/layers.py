@@ -7,7 +7,7 @@ letters: T tiles, K queries, P patches, D width, H heads.
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megavlm.models.backend import Backend
+from megavlm.models.connectors.products import Products
 from megavlm.models.first_stage import first_stage_config
 from megavlm.runtime import current_device
 
@@ -180,3 +181,48 @@ class Attention(torch.nn.Module):
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=None if mask is None else ~mask)
         return self.output(attended.transpose(1, 2).flatten(2))
+
+
+class AttentionShape(NamedTuple):
+    """What an :class:`Attention` is given, and its widths."""
+
+    num_rows: int
+    """Sequences."""
+    num_asking: int
+    """K, of a row."""
+    num_read: int
+    """P, of a row."""
+    query_size: int
+    key_value_size: int
+    width: int
+    """Channels of all heads."""
+
+
+def count_attention(
+    products: Products,
+    shape: AttentionShape,
+    *,
+    asking: bool,
+    read: bool,
+    bias: bool = True,
+    head_norm: bool = False,
+) -> bool:
+    """Tell the matrix products of an :class:`Attention`.
+
+    Args:
+        products: takes them.
+        shape: of what goes in.
+        asking, read: whether its gradients are needed.
+        bias, head_norm: whether the layer has them.
+
+    Returns:
+        Whether the output's gradient is needed.
+    """
+    num_asking, num_read = shape.num_rows * shape.num_asking, shape.num_rows * shape.num_read
+    query = products.linear("query", num_asking, shape.query_size, shape.width, asking, bias=bias)
+    key = products.linear("key", num_read, shape.key_value_size, shape.width, read, bias=bias)
+    value = products.linear("value", num_read, shape.key_value_size, shape.width, read, bias=bias)
+    if head_norm:
+        query, key = products.norm("query_norm", query), products.norm("key_norm", key)
+    attended = products.attention(num_asking * shape.num_read, shape.width, query=query, key=key, value=value)
+    return products.linear("output", num_asking, shape.width, shape.query_size, attended, bias=bias)

@@ -76,12 +76,12 @@ class MLPConnectorConfig(Config):
         num_tokens = self.tokens_per_tile(shape.num_patches)
         input_size = shape.input_size * shape.num_patches // num_tokens  # of shuffled patches
         num_vectors = shape.num_tiles * num_tokens
-        needs = needs_features or (self.layernorm and products.trains)
+        needs = products.norm("layernorm", needs_features) if self.layernorm else needs_features
         if self.num_layers == 1:
-            return products.linear(num_vectors, input_size, shape.output_size, needs)
+            return products.linear("linear_fc1", num_vectors, input_size, shape.output_size, needs, bias=self.bias)
         inner_size = self.ffn_hidden_size or shape.output_size
-        inner = products.linear(num_vectors, input_size, inner_size, needs)
-        return products.linear(num_vectors, inner_size, shape.output_size, inner)
+        inner = products.linear("linear_fc1", num_vectors, input_size, inner_size, needs, bias=self.bias)
+        return products.linear("linear_fc2", num_vectors, inner_size, shape.output_size, inner, bias=self.bias)
 
     def build(
         self,

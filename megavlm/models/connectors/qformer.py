@@ -18,7 +18,16 @@ from torch import Tensor
 
 from megavlm.config import Config
 from megavlm.models.backend import Backend
-from megavlm.models.connectors.layers import Attention, check_heads, layer_norm, learned, linear, replicated_config
+from megavlm.models.connectors.layers import (
+    Attention,
+    AttentionShape,
+    check_heads,
+    count_attention,
+    layer_norm,
+    learned,
+    linear,
+    replicated_config,
+)
 from megavlm.models.connectors.products import FeatureShape, Products
 
 
@@ -55,23 +64,46 @@ class QFormerConfig(Config):
 
     def count_products(self, products: Products, shape: FeatureShape, needs_features: bool) -> bool:
         """Tell the matrix products of a forward pass; see :class:`megavlm.models.connectors.ConnectorConfig`."""
-        width, num_queries = self.hidden_size, shape.num_tiles * self.num_tokens
-        needs = products.trains
-        for layer in range(self.num_layers):
-            for _ in range(3):
-                products.linear(num_queries, width, width, needs)
-            products.attention(num_queries * self.num_tokens, width, needs, needs)
-            products.linear(num_queries, width, width, needs)
-            if self.has_cross_attention(layer):
-                read = needs_features or products.trains
-                products.linear(num_queries, width, width, needs)
-                for _ in range(2):
-                    products.linear(shape.num_vectors, shape.input_size, width, needs_features)
-                needs = products.attention(num_queries * shape.num_patches, width, needs, read)
-                products.linear(num_queries, width, width, needs)
-            products.linear(num_queries, width, self.ffn_hidden_size, needs)
-            products.linear(num_queries, self.ffn_hidden_size, width, needs)
-        return products.linear(num_queries, width, shape.output_size, needs)
+        num_queries = shape.num_tiles * self.num_tokens
+        queries = self.count_layers(products, shape, products.trains("queries"), needs_features)
+        return products.linear("projection", num_queries, self.hidden_size, shape.output_size, queries)
+
+    def count_layers(
+        self, products: Products, shape: FeatureShape, needs_states: bool, needs_features: bool, *, num_text: int = 0
+    ) -> bool:
+        """Tell the matrix products of :meth:`QFormer.run_layers`.
+
+        Args:
+            products: takes them.
+            shape: of the features.
+            needs_states: whether the gradient of queries and text is needed.
+            needs_features: whether the features' is.
+            num_text: tokens of text behind the queries of a tile.
+
+        Returns:
+            Whether the gradient of the states that come out is needed.
+        """
+        num_tiles, width, length = shape.num_tiles, self.hidden_size, self.num_tokens + num_text
+        among = AttentionShape(num_tiles, length, length, width, width, width)
+        across = AttentionShape(num_tiles, self.num_tokens, shape.num_patches, width, shape.input_size, width)
+        states = products.norm("layernorm", needs_states)
+        for number in range(self.num_layers):
+            layer = products.within(f"layers.{number}")
+            states |= count_attention(layer.within("self_attention"), among, asking=states, read=states)
+            queries = text = layer.norm("self_attention_norm", states)
+            if self.has_cross_attention(number):
+                queries |= count_attention(layer.within("cross_attention"), across, asking=queries, read=needs_features)
+                queries = layer.norm("cross_attention_norm", queries)
+            states = self._count_feed_forward(layer.within("query_ffn"), num_tiles * self.num_tokens, queries)
+            if num_text:
+                states |= self._count_feed_forward(layer.within("text_ffn"), num_tiles * num_text, text)
+        return states
+
+    def _count_feed_forward(self, products: Products, num_vectors: int, needs: bool) -> bool:
+        inner = products.linear("up", num_vectors, self.hidden_size, self.ffn_hidden_size, needs)
+        return products.norm(
+            "norm", products.linear("down", num_vectors, self.ffn_hidden_size, self.hidden_size, inner) or needs
+        )
 
     def build(
         self,

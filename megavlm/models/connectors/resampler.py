@@ -17,7 +17,15 @@ from torch import Tensor
 
 from megavlm.config import Config
 from megavlm.models.backend import Backend
-from megavlm.models.connectors.layers import Attention, layer_norm, learned, linear, replicated_config
+from megavlm.models.connectors.layers import (
+    Attention,
+    AttentionShape,
+    count_attention,
+    layer_norm,
+    learned,
+    linear,
+    replicated_config,
+)
 from megavlm.models.connectors.products import FeatureShape, Products
 
 
@@ -51,17 +59,23 @@ class ResamplerConfig(Config):
         width, num_latents = shape.input_size, shape.num_tiles * self.num_tokens
         heads, inner = self.num_attention_heads * self.kv_channels, self.ffn_hidden_size or 4 * shape.input_size
         num_read = shape.num_patches + self.num_tokens
-        needs = products.trains
-        for _ in range(self.num_layers):
-            read = needs or needs_features
-            query = products.linear(num_latents, width, heads, needs)
-            for _ in range(2):
-                products.linear(shape.num_tiles * num_read, width, heads, read)
-            needs = products.attention(num_latents * num_read, heads, query, read)
-            products.linear(num_latents, heads, width, needs)
-            products.linear(num_latents, width, inner, needs)
-            products.linear(num_latents, inner, width, needs)
-        return products.linear(num_latents, width, shape.output_size, needs)
+        attention = AttentionShape(shape.num_tiles, self.num_tokens, num_read, width, width, heads)
+        latents = products.trains("latents")
+        for number in range(self.num_layers):
+            layer = products.within(f"layers.{number}")
+            features, normed = layer.norm("feature_norm", needs_features), layer.norm("latent_norm", latents)
+            latents |= count_attention(
+                layer.within("attention"),
+                attention,
+                asking=normed,
+                read=features or normed,
+                bias=False,
+                head_norm=self.qk_layernorm,
+            )
+            activated = layer.linear("up", num_latents, width, inner, layer.norm("ffn_norm", latents), bias=False)
+            latents |= layer.linear("down", num_latents, inner, width, activated, bias=False)
+        latents = products.norm("layernorm", latents)
+        return products.linear("projection", num_latents, width, shape.output_size, latents, bias=False)
 
     def build(
         self,

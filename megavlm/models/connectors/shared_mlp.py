@@ -63,7 +63,7 @@ class SharedMLPConnectorConfig(Config):
     def count_products(self, products: Products, shape: FeatureShape, needs_features: bool) -> bool:
         """Tell the matrix products of a forward pass; see :class:`megavlm.models.connectors.ConnectorConfig`."""
         one = shape._replace(input_size=self.input_size_of_one(shape.input_size))
-        return [self.mlp.count_products(products, one, needs_features) for _ in self.weights][-1]
+        return [self.mlp.count_products(products.within("mlp"), one, needs_features) for _ in self.weights][-1]
 
     def build(
         self,

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from megavlm.config import Config
 from megavlm.models.backend import Backend
-from megavlm.models.connectors.layers import Attention, check_heads, layer_norm, learned, linear, replicated_config
+from megavlm.models.connectors.layers import (
+    Attention,
+    AttentionShape,
+    check_heads,
+    count_attention,
+    layer_norm,
+    learned,
+    linear,
+    replicated_config,
+)
 from megavlm.models.connectors.products import FeatureShape, Products
 
 
@@ -46,19 +55,19 @@ class VisualAbstractorConfig(Config):
     def count_products(self, products: Products, shape: FeatureShape, needs_features: bool) -> bool:
         """Tell the matrix products of a forward pass; see :class:`megavlm.models.connectors.ConnectorConfig`."""
         width, num_queries = shape.input_size, shape.num_tiles * self.num_queries
-        num_read = shape.num_patches + self.num_queries
-        needs = products.trains
-        for _ in range(self.num_layers):
-            read = needs or needs_features
-            query = products.linear(num_queries, width, width, needs)
-            for _ in range(2):
-                products.linear(shape.num_tiles * num_read, width, width, read)
-            needs = products.attention(num_queries * num_read, width, query, read)
-            products.linear(num_queries, width, width, needs)
-            for _ in range(2):
-                products.linear(num_queries, width, self.ffn_hidden_size, needs)
-            products.linear(num_queries, self.ffn_hidden_size, width, needs)
-        return products.linear(num_queries, width, shape.output_size, needs)
+        num_read, inner = shape.num_patches + self.num_queries, self.ffn_hidden_size
+        attention = AttentionShape(shape.num_tiles, self.num_queries, num_read, width, width, width)
+        queries = products.trains("queries")
+        for number in range(self.num_layers):
+            layer = products.within(f"layers.{number}")
+            queries = layer.norm("query_norm", queries)
+            read = layer.norm("feature_norm", needs_features) or queries
+            queries |= count_attention(layer.within("attention"), attention, asking=queries, read=read)
+            normed = layer.norm("ffn_norm", queries)
+            gate, up = (layer.linear(name, num_queries, width, inner, normed) for name in ("gate", "up"))
+            queries |= layer.linear("down", num_queries, inner, width, layer.norm("inner_norm", gate or up))
+        tokens = products.linear("projection", num_queries, width, shape.output_size, queries)
+        return tokens or (self.end_token and products.trains("end_token"))
 
     def build(
         self,

@@ -9,7 +9,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megavlm.models.backend import Backend, attention_spec, layer_spec
-from megavlm.models.vision.transformer import VisionTransformer, VisionTransformerConfig
+from megavlm.models.vision.transformer import Traits, VisionTransformer, VisionTransformerConfig
 
 
 def quick_gelu(hidden_states: Tensor) -> Tensor:
@@ -36,6 +36,11 @@ class ClipConfig(VisionTransformerConfig):
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     """Standard deviation of each colour, on the scale 0 to 1."""
 
+    @property
+    def traits(self) -> Traits:
+        """Which parameters it has beside the matrices."""
+        return Traits(patch_bias=False, pre_layernorm=True)
+
     def build(self, megatron_settings: Mapping[str, Any], backend: Backend) -> VisionTransformer:
         """Make the encoder: ``[T, 3, H, W]`` -> ``[T, P, D]``.
 
@@ -53,6 +58,6 @@ class ClipConfig(VisionTransformerConfig):
             activation_func=_ACTIVATIONS[self.activation],
             add_bias_linear=True,
         )
-        embedding = self.tile_embedding(config, has_bias=False)
+        embedding = self.tile_embedding(config)
         layer = layer_spec(backend, attention_spec(backend, AttnMaskType.no_mask))
-        return VisionTransformer(self, config, embedding, layer, backend, has_pre_layernorm=True)
+        return VisionTransformer(self, config, embedding, layer, backend)

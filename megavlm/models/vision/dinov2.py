@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megavlm.models.backend import Backend, attention_spec, layer_spec
 from megavlm.models.vision.layer_scale import LayerScale
-from megavlm.models.vision.transformer import VisionTransformer, VisionTransformerConfig
+from megavlm.models.vision.transformer import Traits, VisionTransformer, VisionTransformerConfig
 
 
 class Dinov2Config(VisionTransformerConfig):
@@ -56,6 +56,11 @@ class Dinov2Config(VisionTransformerConfig):
         """Projections from ``hidden_size`` to ``ffn_hidden_size``: one, or two where a gate multiplies the other."""
         return 1 + self.gated_linear_unit
 
+    @property
+    def traits(self) -> Traits:
+        """Which parameters it has beside the matrices."""
+        return Traits(qkv_bias=self.add_qkv_bias, layer_scale=True, post_layernorm=self.post_layernorm)
+
     def build(self, megatron_settings: Mapping[str, Any], backend: Backend) -> VisionTransformer:
         """Make the encoder: ``[T, 3, H, W]`` -> ``[T, P, D]``.
 
@@ -74,15 +79,7 @@ class Dinov2Config(VisionTransformerConfig):
             gated_linear_unit=self.gated_linear_unit,
             add_bias_linear=True,
         )
-        embedding = self.tile_embedding(config, has_bias=True)
+        embedding = self.tile_embedding(config)
         attention = attention_spec(backend, AttnMaskType.no_mask, qkv_bias=self.add_qkv_bias)
         residual = ModuleSpec(module=LayerScale, params={"config": config, "scale": self.layer_scale})
-        return VisionTransformer(
-            self,
-            config,
-            embedding,
-            layer_spec(backend, attention, residual=residual),
-            backend,
-            has_pre_layernorm=False,
-            has_post_layernorm=self.post_layernorm,
-        )
+        return VisionTransformer(self, config, embedding, layer_spec(backend, attention, residual=residual), backend)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 
 from megavlm.models.backend import Backend, attention_spec, layer_spec
-from megavlm.models.vision.transformer import VisionTransformer, VisionTransformerConfig
+from megavlm.models.vision.transformer import Traits, VisionTransformer, VisionTransformerConfig
 
 
 class EvaConfig(VisionTransformerConfig):
@@ -35,6 +35,11 @@ class EvaConfig(VisionTransformerConfig):
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     """Standard deviation of each colour, on the scale 0 to 1."""
 
+    @property
+    def traits(self) -> Traits:
+        """Which parameters it has beside the matrices."""
+        return Traits(qkv_bias=self.add_qkv_bias, post_layernorm=self.post_layernorm)
+
     def build(self, megatron_settings: Mapping[str, Any], backend: Backend) -> VisionTransformer:
         """Make the encoder: ``[T, 3, H, W]`` -> ``[T, P, D]``.
 
@@ -52,14 +57,6 @@ class EvaConfig(VisionTransformerConfig):
             activation_func=F.gelu,
             add_bias_linear=True,
         )
-        embedding = self.tile_embedding(config, has_bias=True)
+        embedding = self.tile_embedding(config)
         attention = attention_spec(backend, AttnMaskType.no_mask, qkv_bias=self.add_qkv_bias)
-        return VisionTransformer(
-            self,
-            config,
-            embedding,
-            layer_spec(backend, attention),
-            backend,
-            has_pre_layernorm=False,
-            has_post_layernorm=self.post_layernorm,
-        )
+        return VisionTransformer(self, config, embedding, layer_spec(backend, attention), backend)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megavlm.models.backend import Backend, attention_spec, layer_spec
 from megavlm.models.vision.layer_scale import LayerScale
-from megavlm.models.vision.transformer import VisionTransformer, VisionTransformerConfig
+from megavlm.models.vision.transformer import Traits, VisionTransformer, VisionTransformerConfig
 from megavlm.models.weights import start_at
 from megavlm.runtime import current_device
 
@@ -46,6 +46,16 @@ class InternViTConfig(VisionTransformerConfig):
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Standard deviation of each colour, on the scale 0 to 1."""
 
+    @property
+    def traits(self) -> Traits:
+        """Which parameters it has beside the matrices."""
+        return Traits(
+            qkv_bias=self.add_qkv_bias,
+            norm_bias=self.normalization == "LayerNorm",
+            qk_layernorm=self.qk_layernorm,
+            layer_scale=True,
+        )
+
     def build(self, megatron_settings: Mapping[str, Any], backend: Backend) -> VisionTransformer:
         """Make the encoder: ``[T, 3, H, W]`` -> ``[T, P, D]``.
 
@@ -63,10 +73,8 @@ class InternViTConfig(VisionTransformerConfig):
             activation_func=F.gelu,
             add_bias_linear=True,
         )
-        embedding = self.tile_embedding(config, has_bias=True)
-        return VisionTransformer(
-            self, config, embedding, self._layer(config, backend), backend, has_pre_layernorm=False
-        )
+        embedding = self.tile_embedding(config)
+        return VisionTransformer(self, config, embedding, self._layer(config, backend), backend)
 
     def _layer(self, config: TransformerConfig, backend: Backend) -> ModuleSpec:
         qk_norm: Any = ModuleSpec(module=FullWidthRMSNorm, params={"full_width": self.hidden_size})

@@ -13,7 +13,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megavlm.models.backend import Backend, attention_spec, layer_spec
-from megavlm.models.vision.transformer import VisionTransformer, VisionTransformerConfig
+from megavlm.models.vision.transformer import Traits, VisionTransformer, VisionTransformerConfig
 
 
 def gelu_tanh(hidden_states: Tensor) -> Tensor:
@@ -51,6 +51,11 @@ class SiglipConfig(VisionTransformerConfig):
             )
         return self
 
+    @property
+    def traits(self) -> Traits:
+        """Which parameters it has beside the matrices."""
+        return Traits(post_layernorm=self.post_layernorm)
+
     def build(self, megatron_settings: Mapping[str, Any], backend: Backend) -> VisionTransformer:
         """Make the encoder: ``[T, 3, H, W]`` -> ``[T, P, D]``.
 
@@ -68,13 +73,6 @@ class SiglipConfig(VisionTransformerConfig):
             activation_func=gelu_tanh,
             add_bias_linear=True,
         )
-        embedding = self.tile_embedding(config, has_bias=True)
-        return VisionTransformer(
-            self,
-            config,
-            embedding,
-            layer_spec(backend, attention_spec(backend, AttnMaskType.no_mask)),
-            backend,
-            has_pre_layernorm=False,
-            has_post_layernorm=self.post_layernorm,
-        )
+        embedding = self.tile_embedding(config)
+        layer = layer_spec(backend, attention_spec(backend, AttnMaskType.no_mask))
+        return VisionTransformer(self, config, embedding, layer, backend)

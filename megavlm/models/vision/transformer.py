@@ -6,7 +6,7 @@ tiles, P patches of a tile, D hidden width.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pydantic
 import torch
@@ -29,6 +29,22 @@ _HEAD_SHARDED = (
     "q_layernorm.weight",
     "k_layernorm.weight",
 )
+
+
+class Traits(NamedTuple):
+    """Which parameters a kind has beside the matrices."""
+
+    patch_bias: bool = True
+    """Bias of the patch projection."""
+    qkv_bias: bool = True
+    norm_bias: bool = True
+    """Whether the layers' norms are LayerNorms."""
+    qk_layernorm: bool = False
+    layer_scale: bool = False
+    pre_layernorm: bool = False
+    """A norm before the first layer."""
+    post_layernorm: bool = False
+    """A norm after the last layer that is built."""
 
 
 class VisionTransformerConfig(Config):
@@ -99,13 +115,18 @@ class VisionTransformerConfig(Config):
             )
         return self
 
-    def tile_embedding(self, config: TransformerConfig, *, has_bias: bool) -> TileEmbedding:
-        """Make the layer before the first one. ``has_bias``: of the patch projection."""
+    @property
+    def traits(self) -> Traits:
+        """Which parameters it has beside the matrices."""
+        return Traits()
+
+    def tile_embedding(self, config: TransformerConfig) -> TileEmbedding:
+        """Make the layer before the first one."""
         return TileEmbedding(
             image_size=self.image_size,
             patch_size=self.patch_size,
             hidden_size=self.hidden_size,
-            has_bias=has_bias,
+            has_bias=self.traits.patch_bias,
             image_mean=self.image_mean,
             image_std=self.image_std,
             dtype=config.params_dtype,
@@ -186,9 +207,6 @@ class VisionTransformer(MegatronModule):
         embedding: TileEmbedding,
         layer: ModuleSpec,
         backend: Backend,
-        *,
-        has_pre_layernorm: bool,
-        has_post_layernorm: bool = False,
     ) -> None:
         """Build the encoder.
 
@@ -198,8 +216,6 @@ class VisionTransformer(MegatronModule):
             embedding: tiles to hidden states.
             layer: spec of one layer; its attention must see both ways.
             backend: where the norms come from.
-            has_pre_layernorm: whether a norm stands before the first layer.
-            has_post_layernorm: whether a norm stands after the last layer that is built.
         """
         super().__init__(transformer_config)
         self.num_dropped = int(config.has_class_token and not config.keep_class_token)
@@ -210,8 +226,8 @@ class VisionTransformer(MegatronModule):
             hidden_size=transformer_config.hidden_size,
             eps=transformer_config.layernorm_epsilon,
         )
-        self.pre_layernorm = norm() if has_pre_layernorm else None
-        self.post_layernorm = norm() if has_post_layernorm else None
+        self.pre_layernorm = norm() if config.traits.pre_layernorm else None
+        self.post_layernorm = norm() if config.traits.post_layernorm else None
         self.encoder = TransformerBlock(
             config=transformer_config,
             spec=block_spec(backend, [layer] * transformer_config.num_layers),

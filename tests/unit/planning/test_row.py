@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from megavlm.config import load_recipe
+from megavlm.planning.flops import count_flops
 from megavlm.planning.row import full_row
 from megavlm.planning.table import print_plan
 from megavlm.recipe import Recipe
@@ -72,6 +73,28 @@ def test_the_plan_tells_active_parameters_and_memory_of_experts(capsys: Any, mon
     assert list(memory) == ["0"]
     assert memory["0"][-1] == f"{12 * 64 * expert / 16 * (2 + 4 + 12 / 2) / 2**30:,.2f}"
     assert "32 ranks: tp 1, pp 1, dp 32; experts: ep 16, etp 1, dp 2." in printed
+
+
+@pytest.mark.parametrize(
+    ("recipe", "part", "gradients"),
+    [
+        # the weight of the linear layer behind 32 queries
+        ("minigpt4/minigpt4_7b_stage1", "connector", 2 * 32 * 768 * 4096),
+        ("blip2/blip2_7b_stage2", "vision", 0),  # a norm, behind everything
+        # nine tiles; each product of three layers of CLIP twice, for its input and its weight or for its two inputs
+        (
+            "points/points_9b_pretrain",
+            "vision",
+            3 * 2 * 9 * (2 * 577 * (4 * 1024**2 + 2 * 1024 * 4096) + 4 * 577**2 * 1024),
+        ),
+    ],
+)
+def test_the_plan_counts_what_runs_for_modules_that_train(recipe: str, part: str, gradients: int, capsys: Any) -> None:
+    loaded = load_recipe(EXAMPLES / f"{recipe}.yaml", [], Recipe)
+    forward = count_flops(loaded.model, full_row(loaded), vocab_size=1000, trainable=[]).forward[part]
+    print_plan(loaded)
+    cells = table_rows(capsys.readouterr().out, "Model")[part]
+    assert cells[1:] == ["in part", f"{forward + gradients:.3e}"]
 
 
 def test_the_plan_refuses_a_layout_that_does_not_fit() -> None:

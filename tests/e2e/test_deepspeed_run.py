@@ -35,3 +35,10 @@ def test_run_is_trained_evaluated_and_gone_on_with(megavlm: Run, recipe: Path, t
 
 def test_stage_0_is_refused_before_the_start(megavlm: Run, recipe: Path) -> None:
     assert_one_error(megavlm("train", recipe, "engine.kind=deepspeed", "engine.zero_stage=0"), "engine.zero_stage=0")
+
+
+def test_a_place_that_is_no_folder_is_named_at_the_start(megavlm: Run, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("here")
+    place = f"engine.nvme_path={tmp_path / 'file'}"
+    offload = ("engine.kind=deepspeed", "engine.zero_stage=3", "engine.offload_optimizer=nvme", place)
+    assert_one_error(megavlm("train", recipe, *offload), f"{place}: is a file, or lies under one")

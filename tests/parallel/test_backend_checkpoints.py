@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-from tiny_vlm import IMAGE_TOKEN_ID, TINY, VOCAB_SIZE, H, mixed_batches, open_gates
+from tiny_vlm import FLAMINGO, IMAGE_TOKEN_ID, TINY, VOCAB_SIZE, H, mixed_batches, open_gates
 
 from megavlm.checkpoint import load_checkpoint, save_checkpoint
 from megavlm.engines import MegatronEngine, MegatronEngineConfig, OptimizerSettings
@@ -28,7 +28,7 @@ from megavlm.models.vlm import VLM
 from megavlm.runtime.seed import set_seed
 
 EXPERTS = {**TINY, "language": {**TINY["language"], "moe": {"num_moe_experts": 4, "moe_layer_freq": 2}}}
-MODELS = {"D": TINY, "H": H, "experts": EXPERTS}
+MODELS = {"D": TINY, "H": H, "experts": EXPERTS, "Flamingo": FLAMINGO}
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 NUM_STEPS = 2
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from harness import run_ranks
 from tiny_vlm import (
+    FLAMINGO,
     IMAGE_TOKEN_ID,
     TINY,
     VOCAB_SIZE,
@@ -37,7 +38,13 @@ MOE = {
     **WIDE,
     "language": {**WIDE["language"], "moe": {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 64}},
 }
-MODELS = {"D": WIDE, "X": {**WIDE, "fusion": X["fusion"]}, "H": {**WIDE, "fusion": H["fusion"]}, "MOE": MOE}
+MODELS = {
+    "D": WIDE,
+    "X": {**WIDE, "fusion": X["fusion"]},
+    "H": {**WIDE, "fusion": H["fusion"]},
+    "Flamingo": {**WIDE, "fusion": FLAMINGO["fusion"]},
+    "MOE": MOE,
+}
 NUM_STEPS = 2
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
@@ -159,6 +166,7 @@ def names(model: str, fp8: dict[str, Any]) -> tuple[set[str], list[str]]:
 SELF_ATTENTION = {"self_attention.linear_qkv", "self_attention.linear_proj"}
 FEED_FORWARD = {"mlp.linear_fc1", "mlp.linear_fc2"}
 CROSSING = {"cross_attention.linear_q", "cross_attention.linear_kv", "cross_attention.linear_proj"}
+GATED_BLOCK = {f"gated_block.{name}" for name in CROSSING | FEED_FORWARD}
 EXPERTS = {f"mlp.experts.local_experts.{n}.{name}" for n in range(4) for name in ("linear_fc1", "linear_fc2")}
 VISION = {f"vision.encoder.layers.{n}.{name}" for n in range(2) for name in SELF_ATTENTION | FEED_FORWARD}
 CONNECTOR = {"connector.linear_fc1", "connector.linear_fc2"}
@@ -181,6 +189,8 @@ def of_layers(*layers: set[str]) -> set[str]:
         ),
         ("X", {}, of_layers(SELF_ATTENTION | FEED_FORWARD | CROSSING, SELF_ATTENTION | FEED_FORWARD)),
         ("X", {"cross_attention": "bf16"}, of_layers(*[SELF_ATTENTION | FEED_FORWARD] * 2)),
+        ("Flamingo", {}, of_layers(SELF_ATTENTION | FEED_FORWARD | GATED_BLOCK, SELF_ATTENTION | FEED_FORWARD)),
+        ("Flamingo", {"cross_attention": "bf16"}, of_layers(*[SELF_ATTENTION | FEED_FORWARD] * 2)),
         ("MOE", {"recipe": "delayed"}, of_layers(*[SELF_ATTENTION | EXPERTS] * 2)),
         ("MOE", {"experts": "bf16"}, of_layers(*[SELF_ATTENTION] * 2)),
     ],

@@ -33,7 +33,7 @@ LAYERS: list[set[str]] = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # An optional package's import belongs in the one class that needs it.
-LAZY_IMPORTS_ALLOWED: set[str] = {"megavlm.engines.deepspeed.zero", "megavlm.filters.signature"}
+LAZY_IMPORTS_ALLOWED: set[str] = {"megavlm.engines.deepspeed.library", "megavlm.filters.signature"}
 
 # Copied into exported folders, where there is no package: its files import each other by relative names, and nothing of
 # this project. tests/unit/convert/test_published_code.py looks at them.

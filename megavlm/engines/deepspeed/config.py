@@ -46,7 +46,7 @@ class DeepSpeedEngineConfig(MegatronEngineConfig):
     """Stage 3: weights of fewer elements stay whole on every rank."""
     sub_group_size: pydantic.PositiveInt = 1_000_000_000
     """Stage 3: weights updated at once, in elements of a rank's share. What is offloaded to ``nvme`` passes through CPU
-    memory in such pieces, at 16 bytes an element."""
+    memory in such pieces, at 20 bytes an element."""
 
     @pydantic.model_validator(mode="after")
     def _stage_is_right(self) -> "DeepSpeedEngineConfig":
@@ -177,6 +177,8 @@ class DeepSpeedEngineConfig(MegatronEngineConfig):
                 zero[name] = {"device": device, "pin_memory": torch.cuda.is_available()}
             if device == "nvme":
                 zero[name]["nvme_path"] = str(swap_folder)
+        if self.offload_optimizer == "nvme":
+            zero["offload_optimizer"]["buffer_count"] = 5  # weights, two moments, gradients, and one to read them by
         if self.offload_param == "nvme":
             # DeepSpeed would keep the first 1e9 elements in CPU memory all the same. Reading ahead, it asks for a
             # weight twice where forward and backward pass meet, and fails ("already assigned swap buffer";

@@ -19,8 +19,8 @@ from megavlm.engines.config import OptimizerSettings
 from megavlm.engines.deepspeed import state as zero_state
 from megavlm.engines.deepspeed.config import DeepSpeedEngineConfig
 from megavlm.engines.deepspeed.library import import_deepspeed, load_async_io
-from megavlm.engines.deepspeed.nvme import SwapFolder
-from megavlm.engines.deepspeed.zero import Zero, num_bytes_on_nvme
+from megavlm.engines.deepspeed.nvme import SwapFolder, check_lockable, num_bytes_of_buffers, num_bytes_on_nvme
+from megavlm.engines.deepspeed.zero import Zero
 from megavlm.engines.megatron import MegatronEngine, counted
 from megavlm.engines.parameter_group import config_overrides
 from megavlm.runtime.process import before_stop
@@ -71,7 +71,7 @@ class DeepSpeedEngine(MegatronEngine):
             training: prepare it for ZeRO; False for evaluation and generation only, as under the megatron engine.
 
         Raises:
-            ValueError: the model has experts, or the disk has no room for what is offloaded.
+            ValueError: the model has experts, or disk or memory have no room for what is offloaded.
         """
         if not training:
             super().wrap(chunks, training=False)
@@ -79,6 +79,7 @@ class DeepSpeedEngine(MegatronEngine):
         [chunk] = chunks
         self.config.check_experts(chunk.config.num_moe_experts)
         if self._swap_folder is not None:
+            check_lockable(num_bytes_of_buffers(chunk, self.config))
             self._swap_folder.check_room(num_bytes_on_nvme(chunk, self.config))
         is_cut = self.config.zero_stage == 3
         self.chunks = [chunk if is_cut else chunk.to(self.device)]

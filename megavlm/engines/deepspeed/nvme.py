@@ -10,15 +10,21 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from megatron.core import parallel_state
+
+from megavlm.engines.deepspeed.config import DeepSpeedEngineConfig
 
 _PREFIX = "megavlm_rank"
+_CAP_IPC_LOCK = 14  # linux/capability.h
 
 
 class SwapFolder:
@@ -70,7 +76,7 @@ class SwapFolder:
             raise ValueError(
                 f"engine.nvme_path={self._root}: has {free / 1e9:.3f} GB free, and the ranks of this machine offload "
                 f"up to {needed / 1e9:.3f} GB. Give a folder on a larger disk, offload to cpu, or use more "
-                "data-parallel ranks."
+                "machines."
             )
 
     def check_written(self, files: Iterable[tuple[Path, int]]) -> None:
@@ -98,6 +104,101 @@ class SwapFolder:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def check_lockable(num_bytes: int) -> None:
+    """Check that this process may lock memory: DeepSpeed's buffers are, and it goes on with none where they cannot.
+
+    Args:
+        num_bytes: of the buffers, at most.
+
+    Raises:
+        ValueError: the limit is below; says both numbers.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if limit == resource.RLIM_INFINITY or limit >= num_bytes or _may_lock_anything():
+        return
+    raise ValueError(
+        f"engine.nvme_path: buffers of up to {num_bytes / 1e9:.3f} GB are locked in memory, and `ulimit -l` allows "
+        f"{limit / 1e9:.3f} GB. Raise it (ulimit -l unlimited; docker run --ulimit memlock=-1), or lower "
+        "engine.sub_group_size."
+    )
+
+
+def _may_lock_anything() -> bool:
+    """Whether the process has the capability CAP_IPC_LOCK, as root mostly has."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    [effective] = [line.split()[1] for line in status.splitlines() if line.startswith("CapEff:")]
+    return bool(int(effective, 16) & (1 << _CAP_IPC_LOCK))
+
+
+def num_bytes_on_nvme(module: torch.nn.Module, config: DeepSpeedEngineConfig) -> int:
+    """What a rank will offload to NVMe, at most: small tensors stay in memory.
+
+    Args:
+        module: whole, with ``requires_grad`` set.
+        config: what is offloaded.
+    """
+    num_bytes = 0
+    for parameter in module.parameters():
+        mine = num_mine(parameter)
+        if config.offload_param == "nvme":
+            num_bytes += mine * config.dtype.itemsize
+        if config.offload_optimizer == "nvme" and parameter.requires_grad:
+            num_bytes += mine * 4 * 4  # float32: master weight, two moments, gradient
+    return num_bytes
+
+
+def num_bytes_of_buffers(module: torch.nn.Module, config: DeepSpeedEngineConfig) -> int:
+    """What a rank holds in locked memory to offload to NVMe, at most; as :func:`num_bytes_on_nvme`."""
+    shares = [num_mine(parameter) for parameter in module.parameters()]
+    trained = sum(num_mine(parameter) for parameter in module.parameters() if parameter.requires_grad)
+    num_bytes = 0
+    if config.offload_param == "nvme":
+        num_bytes += 5 * max(shares) * config.dtype.itemsize
+    if config.offload_optimizer == "nvme":
+        num_bytes += 5 * min(trained, config.sub_group_size + max(shares)) * 4
+    return num_bytes
+
+
+def num_mine(parameter: torch.nn.Parameter) -> int:
+    """Elements of a data-parallel rank's share."""
+    return -(-parameter.numel() // parallel_state.get_data_parallel_world_size())
+
+
+class AlignedGradients:
+    """Reads the gradients of a sub-group from their files into their places.
+
+    In place of a method of DeepSpeed's swapper (``swap_tensor/partitioned_optimizer_swapper.py``,
+    ``_swap_in_pinned_gradients``) that reads straight into the places: where one does not begin at a multiple of the
+    disk's block, the system refuses the read, DeepSpeed does not look, and the step takes what lay there before.
+    """
+
+    def __init__(self, swapper: Any) -> None:
+        """Take the method's place.
+
+        Args:
+            swapper: with a buffer more than a sub-group's weights, moments and gradients fill.
+        """
+        self._swapper = swapper
+        swapper._swap_in_pinned_gradients = self
+
+    def __call__(self, aio_handle: Any, parameter: Any, gradient_tensor: torch.Tensor) -> None:
+        """Fill a sub-group's gradients.
+
+        Args:
+            aio_handle: DeepSpeed's operator.
+            parameter: the sub-group's float32 weights.
+            gradient_tensor: as many elements.
+        """
+        buffers = self._swapper.swap_buffer_manager
+        [buffer] = buffers.allocate(num_elems=self._swapper.largest_numel, count=1, dtype=gradient_tensor.dtype)
+        for gradient in self._swapper.swap_params_info[parameter.ds_id].swapped_gradients.values():
+            aligned = buffer.narrow(0, 0, gradient.length)
+            if aio_handle.async_pread(aligned, gradient.path, 0) != 0 or aio_handle.wait() != 1:
+                raise RuntimeError(f"engine.nvme_path: {gradient.path} cannot be read. Is the disk failing?")
+            gradient_tensor.narrow(0, gradient.offset, gradient.length).copy_(aligned)
+        buffers.free([buffer])
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megavlm.engines.deepspeed.config import DeepSpeedEngineConfig
 from megavlm.engines.deepspeed.library import import_deepspeed, quiet
-from megavlm.engines.deepspeed.nvme import SwapFolder
+from megavlm.engines.deepspeed.nvme import AlignedGradients, SwapFolder, num_mine
 
 
 class ModelParallelUnit:
@@ -74,7 +74,7 @@ class Zero:
         settings = config.deepspeed_settings(
             clip_grad=clip_grad,
             swap_folder=None if swap_folder is None else swap_folder.path,
-            largest_share=max(map(_num_mine, module.parameters())),
+            largest_share=max(map(num_mine, module.parameters())),
         )
         with quiet():
             if config.offload_param == "nvme":
@@ -86,6 +86,8 @@ class Zero:
                 mpu=ModelParallelUnit(),
                 dist_init_required=False,
             )
+            if config.offload_optimizer == "nvme":
+                AlignedGradients(self._optimizer.optimizer_swapper)
             self._make_moments()
         self._check_files()
 
@@ -272,25 +274,3 @@ class Zero:
                 yield Path(path), info.numel() * swapper.swap_element_size
             for gradient in info.swapped_gradients.values():
                 yield Path(gradient.path), gradient.length * swapper.swap_element_size
-
-
-def num_bytes_on_nvme(module: torch.nn.Module, config: DeepSpeedEngineConfig) -> int:
-    """What a rank will offload to NVMe, at most: small tensors stay in memory.
-
-    Args:
-        module: whole, with ``requires_grad`` set.
-        config: what is offloaded.
-    """
-    num_bytes = 0
-    for parameter in module.parameters():
-        mine = _num_mine(parameter)
-        if config.offload_param == "nvme":
-            num_bytes += mine * config.dtype.itemsize
-        if config.offload_optimizer == "nvme" and parameter.requires_grad:
-            num_bytes += mine * 4 * 4  # float32: master weight, two moments, gradient
-    return num_bytes
-
-
-def _num_mine(parameter: torch.nn.Parameter) -> int:
-    """Elements of a data-parallel rank's share."""
-    return -(-parameter.numel() // parallel_state.get_data_parallel_world_size())

@@ -16,6 +16,19 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     return int(stopped.value.code or 0), capsys.readouterr().out
 
 
+def test_a_needed_package_that_is_missing_is_one_line_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr("importlib.import_module", fail)
+    missing = "transformers"
+    with pytest.raises(SystemExit, match=r"^megavlm: error: transformers is not installed\. pip install -c"):
+        main(["doctor"])
+    missing = "megavlm.lost"  # ours: not to be mended by an installation
+    with pytest.raises(ModuleNotFoundError):
+        main(["doctor"])
+
+
 def test_it_exits_with_an_error_only_where_something_is_wrong(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,21 +3,24 @@
 import dataclasses
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.specifiers import SpecifierSet
 from rich.console import Console
 
 from megavlm.config import load_recipe
 from megavlm.doctor.examination import examine, print_examination, to_json
-from megavlm.doctor.machine import Machine, look_at_machine
-from megavlm.doctor.package import DISTRIBUTIONS, PACKAGES, find_packages
+from megavlm.doctor.machine import BUILD_NEEDS, Machine, look_at_machine
+from megavlm.doctor.package import ASYNC_IO, DISTRIBUTIONS, PACKAGES, find_packages
 from megavlm.doctor.path import find_paths
 from megavlm.engines import MegatronEngineConfig
 from megavlm.recipe import Recipe
 
-EXAMPLES = Path(__file__).parents[3] / "examples" / "nvlm"
+ROOT = Path(__file__).parents[3]
+EXAMPLES = ROOT / "examples" / "nvlm"
 CORE = {"torch": "2.13.0+cpu", "megatron-core": "0.16.1", "transformers": "5.23.0"}
 LAPTOP = Machine(
     versions=CORE, kernels=frozenset(), gpu=None, num_gpus=0, capability=(0, 0), cuda=(0, 0), nccl=None,
@@ -91,6 +94,8 @@ def test_a_gpu_without_the_package_is_told_what_it_costs() -> None:
             "transformer-engine-cu12 is installed, and torch is built with CUDA 13.0",
         ),
         (with_versions(H200_FUSED, flash_attn="2.9.0"), "flash-attn", ">=2.7.3,<=2.8.3 is needed"),
+        (with_versions(LAPTOP, deepspeed="0.18.9"), "deepspeed", ">=0.19.8,<0.20 is needed"),
+        (with_versions(LAPTOP, deepspeed="0.20.0"), "deepspeed", ">=0.19.8,<0.20 is needed"),
     ],
 )
 def test_what_does_not_fit_is_a_problem_with_a_command(machine: Machine, name: str, note: str) -> None:
@@ -102,7 +107,7 @@ def test_what_does_not_fit_is_a_problem_with_a_command(machine: Machine, name: s
 
 
 def test_untested_is_no_misfit() -> None:
-    assert status(with_versions(H200, torch="2.11.0+cu130"), "torch") == ("untested", "tests run with ==2.13.*")
+    assert status(with_versions(H200, torch="2.11.0+cu130"), "torch") == ("untested", "tests run with >=2.13,<2.14")
     assert status(with_versions(H200_FUSED, transformer_engine="2.11.0+c188b53"), "transformer-engine")[0] == "untested"
     assert status(H200, "torch") == ("ok", "")
 
@@ -161,6 +166,73 @@ def test_emulated_fp8_needs_no_gpu_and_is_told_as_such() -> None:
     assert paths["experts"] == "one after another, each with FP8 scales of its own"
 
 
+INSTALL = "DS_BUILD_OPS=0 pip install -c constraints.txt -r requirements-deepspeed.txt"
+NVME = ("engine.kind=deepspeed", "engine.zero_stage=3", "engine.offload_optimizer=nvme", "engine.nvme_path=/scratch")
+
+
+def test_deepspeed_is_told_with_its_range_and_command() -> None:
+    assert status(with_versions(LAPTOP, deepspeed="0.19.8"), "deepspeed") == ("ok", "")
+    [old] = [found for found in find_packages(with_versions(LAPTOP, deepspeed="0.18.9")) if found.name == "deepspeed"]
+    assert old.mend == INSTALL
+    assert examine(recipe("tiny.yaml"), LAPTOP).problems == [], "who does not use it does not miss it"
+    uses = recipe("tiny.yaml", "engine.kind=deepspeed", "engine.offload_optimizer=cpu")
+    assert examine(uses, LAPTOP).problems == [f"engine.kind=deepspeed: DeepSpeed is not installed. {INSTALL}"]
+    found = examine(uses, with_versions(LAPTOP, deepspeed="0.19.8"))
+    assert found.problems == []
+    paths = {path.module: path.path for path in found.paths}
+    assert paths["optimizer"] == "AdamW of torch, fused over tensors, under ZeRO-2, on cpu"
+
+
+def test_what_nvme_lacks_is_one_line_with_its_command() -> None:
+    machine = with_versions(LAPTOP, deepspeed="0.19.8")
+    uses = recipe("tiny.yaml", *NVME)
+    assert status(machine, ASYNC_IO) == ("ok", "compiled when engine.nvme_path is first used")
+    assert examine(uses, machine).problems == []
+    without = dataclasses.replace(machine, build_lacks=("a C++ compiler", "libaio"))
+    assert status(without, ASYNC_IO)[0] == "missing"
+    assert examine(recipe("tiny.yaml", "engine.kind=deepspeed"), without).problems == []
+    lacks = "no offload to NVMe (engine.nvme_path): a C++ compiler, libaio not found"
+    command = "apt-get install g++ libaio-dev"
+    assert examine(uses, without).problems == [f"engine.nvme_path=/scratch: {lacks}. {command}"]
+    assert f"to get {ASYNC_IO}: {command}\n" in shown(recipe=None, machine=without)
+
+
+def test_what_it_compiles_with_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(look_at_machine(()).build_lacks) <= set(BUILD_NEEDS)
+    compiler = tmp_path / "compiler"
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert {"a C++ compiler", "ninja"} <= set(look_at_machine(()).build_lacks)
+    for code, lacks_libaio in ((0, False), (1, True)):
+        compiler.write_text(f"#!/bin/sh\nexit {code}\n")
+        compiler.chmod(0o755)
+        found = look_at_machine(()).build_lacks
+        assert "a C++ compiler" not in found
+        assert ("libaio" in found) == lacks_libaio
+
+
+def ranges(file: str) -> dict[str, SpecifierSet]:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    return {
+        name: SpecifierSet(stated)
+        for name, stated in re.findall(r"^([a-z0-9-]+)(?:\[.*\])?([<>=][^# \n]*)", text, re.MULTILINE)
+    }
+
+
+STATED = {
+    **ranges("requirements.txt"),
+    **ranges("requirements-gpu.txt"),
+    **ranges("requirements-deepspeed.txt"),
+    "megatron-core": ranges("constraints.txt")["megatron-core"],  # private names are used of it
+}
+
+
+@pytest.mark.parametrize("name", sorted(STATED.keys() & {package.name for package in PACKAGES}))
+def test_ranges_are_those_of_the_requirements(name: str) -> None:
+    [package] = [package for package in PACKAGES if package.name == name]
+    assert SpecifierSet(package.tested or package.works) == STATED[name]
+
+
 def shown(**fields: Any) -> str:
     console = Console(file=io.StringIO(), width=200)
     print_examination(examine(**fields), console)
@@ -177,7 +249,7 @@ def test_everything_is_shown_and_told_as_json() -> None:
     tree = json.loads(to_json(examine(recipe("tiny.yaml"), dataclasses.replace(H200, kernels=frozenset({"amp_C"})))))
     assert tree["machine"]["kernels"] == ["amp_C"]
     assert tree["machine"]["capability"] == [9, 0]
-    assert {package["name"] for package in tree["findings"]} == {package.name for package in PACKAGES}
+    assert {found["name"] for found in tree["findings"]} == {ASYNC_IO, *(package.name for package in PACKAGES)}
 
 
 def test_this_machine_has_what_the_tests_run_with() -> None:

@@ -1,13 +1,14 @@
 """What a recipe can say about the DeepSpeed engine, and what DeepSpeed is told."""
 
 import builtins
+from pathlib import Path
 from typing import Any
 
 import pydantic
 import pytest
 
 from megavlm.engines import ENGINES, AnyEngineConfig, DeepSpeedEngineConfig, MegatronEngineConfig
-from megavlm.engines.deepspeed import zero
+from megavlm.engines.deepspeed.library import import_deepspeed
 from megavlm.engines.deepspeed.state import num_updates_of
 
 ADAPTER: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(AnyEngineConfig)
@@ -22,8 +23,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"zero_stage": 1, "offload_optimizer": "nvme", "nvme_path": "/x"},
         r"engine.offload_optimizer=nvme: needs zero_stage=3, which is 1",
     ),
-    ({"zero_stage": 3, "offload_param": "nvme"}, r"engine.nvme_path: is not given"),
+    ({"zero_stage": 3, "offload_param": "nvme"}, r"engine.nvme_path=None: nvme is offloaded to. Give a folder"),
     ({"zero_stage": 3, "offload_param": "cpu", "nvme_path": "/x"}, r"engine.nvme_path=/x: nothing is offloaded there"),
+    ({"zero_stage": 2, "sub_group_size": 9}, r"engine.sub_group_size=9: is of zero_stage=3, and zero_stage is 2"),
+    (
+        {"zero_stage": 3, "offload_param": "nvme", "nvme_path": "/x", "stage3_prefetch_bucket_size": 9},
+        r"engine.stage3_prefetch_bucket_size=9: weights on nvme are not read ahead. Leave it out",
+    ),
+    ({"stage3_prefetch_bucket_size": 9}, r"engine.stage3_prefetch_bucket_size=9: is of zero_stage=3"),
     ({"pipeline_model_parallel_size": 2}, r"engine.pipeline_model_parallel_size=2: ZeRO is not run over pipeline"),
     ({"virtual_pipeline_model_parallel_size": 2}, r"engine.virtual_pipeline_model_parallel_size=2: ZeRO is not run"),
     ({"expert_model_parallel_size": 2}, r"engine.expert_model_parallel_size=2: experts are not run under ZeRO"),
@@ -56,6 +63,13 @@ def test_every_kind_is_read_by_its_name() -> None:
         ADAPTER.validate_python({"kind": "megatorn"})
 
 
+def test_keys_of_the_other_engine_name_it() -> None:
+    for given in ({"zero_stage": 2}, {"kind": "megatron", "offload_optimizer": "cpu"}):
+        name = list(given)[-1]
+        with pytest.raises(pydantic.ValidationError, match=rf"engine.{name}=.*: is of engine.kind=deepspeed. Set that"):
+            ADAPTER.validate_python(given)
+
+
 def test_virtual_stages_of_one_may_stay() -> None:
     DeepSpeedEngineConfig(expert_tensor_parallel_size=1)
 
@@ -75,11 +89,15 @@ def test_offload_is_passed_on() -> None:
     config = DeepSpeedEngineConfig(
         zero_stage=3, offload_optimizer="nvme", offload_param="cpu", nvme_path="/scratch/swap"
     )
-    settings = config.deepspeed_settings(clip_grad=1.0)["zero_optimization"]
+    settings = config.deepspeed_settings(clip_grad=1.0, swap_folder=Path("/scratch/swap/mine"))["zero_optimization"]
     assert settings["offload_optimizer"]["device"] == "nvme"
-    assert settings["offload_optimizer"]["nvme_path"] == "/scratch/swap"
+    assert settings["offload_optimizer"]["nvme_path"] == "/scratch/swap/mine"
     assert settings["offload_param"]["device"] == "cpu"
     assert "nvme_path" not in settings["offload_param"]
+    config = DeepSpeedEngineConfig(zero_stage=3, offload_param="nvme", nvme_path="/scratch/swap")
+    settings = config.deepspeed_settings(clip_grad=1.0, swap_folder=Path("/scratch/swap/mine"), largest_share=12)
+    offload = settings["zero_optimization"]["offload_param"]
+    assert (offload["buffer_size"], offload["max_in_cpu"], offload["nvme_path"]) == (12, 0, "/scratch/swap/mine")
 
 
 def test_answers_come_from_the_megatron_engine() -> None:
@@ -101,7 +119,7 @@ def test_missing_package_is_one_line_with_its_command(monkeypatch: pytest.Monkey
     for name in ("DS_ACCELERATOR", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
     with pytest.raises(ValueError, match=r"engine.kind=deepspeed: DeepSpeed is not installed .*requirements-deepspeed"):
-        zero._import_deepspeed()
+        import_deepspeed()
 
 
 @pytest.mark.parametrize(("steps", "expected"), [([3], 3), ([2, 2], 2)])

@@ -4,6 +4,7 @@ Each part's own config stands beside the part; here they come together with what
 can only be checked on the whole is checked.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -67,9 +68,10 @@ class TrainingConfig(Config):
     """Part of ``trainable`` -> the modules of it that train, while its others are frozen: names below the part, with
     ``*`` and ranges of numbers (``vision: [encoder.layers.42-44]``). None takes back what a base recipe says."""
     lr_scale: dict[Part, pydantic.PositiveFloat] = {}
-    """Part -> what its learning rate is multiplied by, from warm-up to ``min_lr``; 1 for those that are not named."""
+    """Part -> what its learning rate is multiplied by, from warm-up to ``min_lr``; 1 for those that are not named. None
+    takes back what a base recipe says."""
     weight_decay_scale: dict[Part, pydantic.NonNegativeFloat] = {}
-    """Part -> what its weight decay is multiplied by, 0 for none; 1 for those that are not named."""
+    """Part -> what its weight decay is multiplied by, 0 for none; 1 for those that are not named. None as above."""
     train_iters: pydantic.PositiveInt
     """Optimizer steps of the whole stage."""
     global_batch_size: pydantic.PositiveInt
@@ -85,6 +87,11 @@ class TrainingConfig(Config):
     """Watch for spikes of the loss; None: do not. Steps whose gradients are not finite are always skipped."""
     exit_duration_in_mins: pydantic.PositiveFloat | None = None
     """Save and stop after this long; the run can be resumed."""
+
+    @pydantic.field_validator("lr_scale", "weight_decay_scale", mode="before")
+    @classmethod
+    def _leave_out_what_is_taken_back(cls, given: Any) -> Any:
+        return {part: x for part, x in given.items() if x is not None} if isinstance(given, Mapping) else given
 
     @property
     def trained(self) -> Trainable:

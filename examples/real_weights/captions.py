@@ -3,9 +3,8 @@
     python examples/real_weights/captions.py --runs UNTRAINED TRAINED --answers BEFORE.jsonl AFTER.jsonl --out FOLDER
 
 prints a table and some captions, and writes ``captions.json`` (everything) and ``captions.png`` (pictures with both
-captions). Losses are in nats per caption token, the end of the caption included. The loss with another picture is what
-captions give away by themselves; what the picture adds is the gap between the two. The answers are those of ``megavlm
-generate`` to the held-out rows; the examples are spread evenly over these, none of them chosen.
+captions). The losses are those of held_out.py. The answers are those of ``megavlm generate`` to the held-out rows; the
+examples are spread evenly over these, none of them chosen.
 """
 
 import argparse
@@ -18,35 +17,18 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+from held_out import held_out_losses, table_of
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from megavlm.build import Parts
-from megavlm.cli.trained import find_run, loaded_run
 from megavlm.data.image import load_image
-from megavlm.engines.feed import Feed
-from megavlm.training.feeding import build_validation_loader
 
 matplotlib.use("Agg")  # no screen on a cluster
 
 _COLUMNS = 4
 _COLOURS = 128
 """Of the PNG's palette: a third of the size, and no difference to see."""
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Held-out losses of one run, nats per token."""
-
-    run: str
-    right_image: float
-    other_image: float
-
-    @property
-    def gap(self) -> float:
-        """What the right picture is worth."""
-        return self.other_image - self.right_image
 
 
 @dataclass(frozen=True)
@@ -57,36 +39,6 @@ class Example:
     name: str
     before: str
     after: str
-
-
-def held_out_losses(run: Path) -> Losses:
-    """Compute both losses of a run over the recipe's held-out captions.
-
-    Raises:
-        ValueError: the run has no checkpoint, or its data cannot be read.
-    """
-    checkpoint, recipe = find_run(argparse.Namespace(folder=run, overrides=[]))
-    valid = recipe.data.valid
-    if valid is None:
-        raise ValueError(f"{run}: its recipe has no data.valid. Give a run of stage1.yaml.")
-    other = valid.model_copy(update={"path": other_image_file(valid.path)})
-    with loaded_run(checkpoint, recipe) as (parts, _):
-        right, wrong = (_loss(parts, dataset) for dataset in (valid.build(), other.build()))
-    return Losses(run.name, right, wrong)
-
-
-def other_image_file(path: Path) -> Path:
-    """Return the file with the same captions under other pictures."""
-    return path.with_name(f"{path.stem}_other_image{path.suffix}")
-
-
-def _loss(parts: Parts, dataset: object) -> float:
-    loss_sum, num_tokens = 0.0, 0
-    for batches in Feed(iter(build_validation_loader(parts, dataset))):  # type: ignore[arg-type]
-        step_loss, step_tokens = parts.engine.evaluate(batches)
-        loss_sum += step_loss
-        num_tokens += step_tokens
-    return loss_sum / num_tokens
 
 
 def read_examples(rows: Path, before: Path, after: Path) -> list[Example]:
@@ -163,13 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (options.out / "captions.json").write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     shown = spread(examples, options.show)
     draw(options.out / "captions.png", shown)
-    table = Table("run", "loss, right picture", "loss, another picture", "gap")
-    for entry in losses:
-        table.add_row(entry.run, *(f"{value:.3f}" for value in (entry.right_image, entry.other_image, entry.gap)))
     captions = Table("name", "before", "after")
     for example in shown:
         captions.add_row(example.name, example.before, example.after)
-    for part in (table, captions):
+    for part in (table_of(losses), captions):
         Console().print(part)
 
 

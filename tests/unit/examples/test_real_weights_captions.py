@@ -86,11 +86,6 @@ def test_the_picture_stays_small(files: tuple[Path, Path, Path], tmp_path: Path)
         assert picture.width > picture.height
 
 
-def test_the_gap_is_what_the_right_picture_is_worth() -> None:
-    assert captions.Losses("run", right_image=4.5, other_image=5.25).gap == 0.75
-    assert captions.other_image_file(Path("a/valid.jsonl")) == Path("a/valid_other_image.jsonl")
-
-
 def test_a_run_without_checkpoint_is_one_line(
     files: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,7 @@ ENTRIES = [
         "hexcode": "1F3C3",
         "label": "person running",
         "group": 1,
+        "tags": ["sport", "fast"],
         "skins": [{"hexcode": "1F3C3-1F3FB", "label": "toned"}],
     },
     {"hexcode": "1F3C3-200D-2642-FE0F", "label": "man running", "group": 1},
@@ -88,6 +89,34 @@ def test_pictures_meet_their_names_and_no_emoji_is_on_both_sides(
     assert [row[2] for row in others] == [row[2] for row in valid]
     assert {row[1] for row in others} == {row[1] for row in valid}
     assert all(other[1] != row[1] for other, row in zip(others, valid, strict=True))
+
+
+def test_other_rows_are_of_the_same_emoji(tarballs: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "emoji"
+    emoji_pairs.write_pairs(*tarballs, folder, num_valid=2, seed=1)
+    rows = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("*.jsonl")}
+    for captions, questions in (("train", "questions"), ("valid", "valid_questions")):
+        assert [row["id"] for row in rows[questions]] == [row["id"] for row in rows[captions]]
+    assert {row["answer"] for row in rows["questions"]} == {"people and body"}
+    pictures = {name: [row["image"] for row in rows[name]] for name in rows if name.startswith("valid")}
+    assert pictures["valid_questions"] == pictures["valid"]
+    assert pictures["valid_questions_other_image"] == pictures["valid_other_image"] != pictures["valid"]
+    assert rows["documents"] == []  # fewer than four pictures
+    names = {row["id"]: row["conversations"][1]["value"] for row in rows["train"]}
+    assert [row["text"] for row in rows["words"]] == [
+        f"{name}: sport, fast" if code == "1f3c3" else name for code, name in names.items()
+    ]
+    shown = {row["id"] for name in ("questions", "words") for row in rows[name]}
+    assert not shown & {row["id"] for row in rows["valid"]}
+
+
+def test_documents_have_four_pictures_each() -> None:
+    pairs = [emoji_pairs.Pair(f"{number:x}", f"name {number}") for number in range(10)]
+    groups = list(emoji_pairs.batched(pairs, 4))
+    assert [[pair.code for pair in group] for group in groups] == [["0", "1", "2", "3"], ["4", "5", "6", "7"]]
+    row = emoji_pairs._document(groups[1])
+    assert row["text"] == "<image> name 4. <image> name 5. <image> name 6. <image> name 7."
+    assert row["images"] == [f"images/{number}.webp" for number in range(4, 8)]
 
 
 def test_the_split_is_the_same_every_time_and_another_for_another_seed() -> None:

@@ -21,7 +21,7 @@ from megavlm.recipe import Recipe
 from megavlm.runtime.log import LOGGER
 from megavlm.runtime.process import Process
 from megavlm.training.feeding import build_training_loader, training_steps
-from megavlm.training.freeze import freeze_except, scale_learning_rates, scale_weight_decay
+from megavlm.training.prepare_model import make_trainable
 from megavlm.training.schedule import build_schedule
 
 
@@ -100,12 +100,7 @@ class Trial:
         self.memory_before_model_bytes = read_memory(process.device).now
         chunks = self.parts.build_chunks()
         initialize_weights(chunks, recipe.training.seed)
-        self.engine.loss.num_sources = len(recipe.data.train.source_names)
-        freeze_except(chunks, recipe.training.trained)
-        scale_learning_rates(chunks, recipe.training.lr_scale)
-        scale_weight_decay(chunks, recipe.training.weight_decay_scale)
-        self.engine.wrap(chunks)
-        self.engine.build_optimizer(recipe.training.optimizer)
+        make_trainable(self.parts, chunks)
         self._feed = Feed(training_steps(self.parts, loader) if loader is not None else None)
         self._schedule = build_schedule(
             self.engine.optimizer, recipe.training.optimizer, train_iters=recipe.training.train_iters, iteration=0

@@ -18,21 +18,16 @@ _NUM_SHOWN = 5
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Keys that only one side has. The same on every rank."""
+    """Keys that both sides have, and that only one has. The same on every rank."""
 
-    asked: tuple[str, ...]
-    """Weights of the model."""
+    common: tuple[str, ...]
+    """Weights of the model that the checkpoint holds."""
     missing: tuple[str, ...]
     """Weights of the model that the checkpoint does not hold."""
     unexpected: tuple[str, ...]
     """Weights of the checkpoint that the model does not have."""
     num_extra_states: int
     """Objects of megatron-core's layers (``_extra_state``) that only one side has. They hold no weights."""
-
-    @property
-    def common(self) -> tuple[str, ...]:
-        """Weights of the model that the checkpoint holds."""
-        return tuple(sorted(set(self.asked).difference(self.missing)))
 
 
 def compare(state: Mapping[str, Any], metadata: Metadata, info: CheckpointInfo | None, folder: Path) -> Mismatch:
@@ -61,7 +56,7 @@ def compare(state: Mapping[str, Any], metadata: Metadata, info: CheckpointInfo |
     held_tensors = {key for key in held_tensors if with_optimizer or not is_of_optimizer(key)}
     held_objects = {key for key in held if "._extra_state/" in key}
     return Mismatch(
-        asked=tuple(sorted(asked_tensors)),
+        common=tuple(sorted(asked_tensors & held_tensors)),
         missing=tuple(sorted(asked_tensors - held_tensors)),
         unexpected=tuple(sorted(held_tensors - asked_tensors)),
         num_extra_states=len(asked_objects ^ held_objects),

@@ -22,15 +22,13 @@ class Count:
     """What a global batch holds. The same on every rank."""
 
     trained_tokens: int
-    tokens: int
-    """Padding not counted."""
     weight_sum: float
     """Of the trained tokens."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Losses of a global batch, not divided. The same on every rank of the last stage."""
+    """Losses of a global batch, not divided. The same on every rank."""
 
     loss: float
     sources: list[float]
@@ -64,7 +62,7 @@ class GlobalLoss:
         self._row_weight = weight_sum / max(1.0, num_rows)
         if num_trained:
             self._scale, self.auxiliary_scale = 1.0 / weight_sum, 1.0 / num_tokens
-        return Count(int(num_trained), int(num_tokens), weight_sum)
+        return Count(int(num_trained), weight_sum)
 
     def scale(self, loss: Tensor) -> Tensor:
         """Called by megatron-core's schedule on each micro-batch's summed loss."""
@@ -91,7 +89,9 @@ class GlobalLoss:
 
         return module(batch), sum_losses
 
-    def sum_up(self, outputs: Sequence[Mapping[str, Tensor]], names: Sequence[str], share: Callable[..., Any]) -> Sums:
+    def sum_up(
+        self, outputs: Sequence[Mapping[str, Tensor]], names: Sequence[str], share: Callable[[Tensor], None]
+    ) -> Sums:
         """Add up what :meth:`forward_step` reported on the last stage. Collective.
 
         Args:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from megavlm.build import Parts
@@ -33,14 +34,8 @@ def prepare_model(
     resume_from = find_to_resume(folder, verify=settings.verify, fall_back=settings.fall_back)
     if resume_from is None:
         initialize_weights(chunks, recipe.training.seed)
-    engine.loss.num_sources = len(recipe.data.train.source_names)
-    found = freeze_except(chunks, recipe.training.trained)
-    _check_modules_found(parts, found)
-    scale_learning_rates(chunks, recipe.training.lr_scale)
-    scale_weight_decay(chunks, recipe.training.weight_decay_scale)
     _log_parameters(parts, chunks)
-    engine.wrap(chunks)
-    engine.build_optimizer(recipe.training.optimizer)
+    make_trainable(parts, chunks)
     if resume_from is not None:
         _check_same_model(recipe, resume_from)
         loaded = load_checkpoint(resume_from, engine, with_optimizer=True, verify=False)
@@ -57,6 +52,26 @@ def prepare_model(
     return Position(), Progress.after(0)
 
 
+def make_trainable(parts: Parts, chunks: list[torch.nn.Module]) -> None:
+    """Freeze, scale and wrap a model as its recipe says, and make its optimizer. Collective.
+
+    Args:
+        parts: of the run.
+        chunks: this rank's, with their weights.
+
+    Raises:
+        ValueError: a module of ``training.trainable_within`` is not there, or the engine cannot train the model.
+    """
+    recipe, engine = parts.recipe, parts.engine
+    engine.loss.num_sources = len(recipe.data.train.source_names)
+    found = freeze_except(chunks, recipe.training.trained)
+    _check_modules_found(parts, found)
+    scale_learning_rates(chunks, recipe.training.lr_scale)
+    scale_weight_decay(chunks, recipe.training.weight_decay_scale)
+    engine.wrap(chunks)
+    engine.build_optimizer(recipe.training.optimizer)
+
+
 def _check_modules_found(parts: Parts, found: Collection[str]) -> None:
     """Collective: each module of ``training.trainable_within`` is on some rank."""
     for part, modules in parts.recipe.training.trained.within.items():
@@ -68,7 +83,7 @@ def _check_modules_found(parts: Parts, found: Collection[str]) -> None:
                 )
 
 
-def _log_parameters(parts: Parts, chunks: list) -> None:
+def _log_parameters(parts: Parts, chunks: list[torch.nn.Module]) -> None:
     """Say how many parameters each part has and which of them train."""
     counts = count_parameters(chunks)
     totals = parts.engine.sum_over_ranks([float(counts[name]) for name in PARTS])

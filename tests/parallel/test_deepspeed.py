@@ -102,7 +102,11 @@ def curve(
     config: dict[str, Any], model: str = "D", trainable: Sequence[str] = ALL_PARTS, num_steps: int = 4
 ) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step; a pass of evaluation lies between two of them."""
-    engine, chunk = build(config, model, trainable)
+    return curve_of(*build(config, model, trainable), num_steps)
+
+
+def curve_of(engine: MegatronEngine, chunk: VLM, num_steps: int) -> list[tuple[float, float]]:
+    """As :func:`curve`, of what is built."""
     found = []
     for number in range(num_steps):
         result = step(engine, chunk, number)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from harness import run_ranks
-from test_deepspeed import CUT_SMALL, SCALES, assert_close, build, skipped, step, zero
-from tiny_vlm import ALL_PARTS, mixed_batches
+from test_deepspeed import CUT_SMALL, SCALES, assert_close, build, curve_of, skipped, step, zero
+from tiny_vlm import ALL_PARTS
 
 from megavlm.checkpoint import load_checkpoint, save_checkpoint
 from megavlm.doctor.machine import look_at_machine
@@ -59,13 +59,7 @@ def offloaded_curve(config: dict[str, Any], num_steps: int) -> tuple[list[tuple[
     """Loss and gradient norm of each step, and the names of the files; a pass of evaluation lies between two steps."""
     engine, chunk = build(config, "wide", ALL_PARTS)
     most = num_bytes_on_nvme(chunk, engine.config)
-    found = []
-    for number in range(num_steps):
-        result = step(engine, chunk, number)
-        found.append((result.loss, result.grad_norm))
-        if number == 1:
-            batches = mixed_batches(9, chunk.route)
-            engine.evaluate(batches[engine.data_parallel_rank :: engine.data_parallel_size])
+    found = curve_of(engine, chunk, num_steps)
     files = dict(files_of(engine)) if engine.config.uses_nvme else {}
     assert sum(files.values()) <= most
     assert not files or sum(files.values()) > most / 3, "hardly anything is offloaded"

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.runtime import current_device
-
-LOGGER = logging.getLogger(__name__)
+from megavlm.runtime.log import LOGGER
 
 _INSTALL = "DS_BUILD_OPS=0 pip install -c constraints.txt -r requirements-deepspeed.txt"
 

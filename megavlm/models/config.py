@@ -9,7 +9,8 @@ from megavlm.config import Config
 from megavlm.models.blip2 import QFormerTextConfig
 from megavlm.models.connectors import AnyConnectorConfig
 from megavlm.models.fusion import AnyFusionConfig
-from megavlm.models.fusion.cross_attention import CrossAttentionConfig, GatedFeedForwardConfig
+from megavlm.models.fusion.cross_attention import CrossAttentionConfig
+from megavlm.models.gated_block import GatedFeedForwardConfig
 from megavlm.models.language import LanguageConfig
 from megavlm.models.vision import AnyVisionConfig
 

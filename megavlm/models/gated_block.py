@@ -11,8 +11,9 @@ and sharded checkpoints are that layer's.
 
 import copy
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
+import pydantic
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -21,8 +22,22 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megavlm.config import Config
 from megavlm.models.backend import Backend
 from megavlm.models.cross_attention import GatedResidual, with_cross_attention
+
+
+class GatedFeedForwardConfig(Config):
+    """The feed-forward layer behind a gated cross-attention. The defaults are Flamingo's; there are no biases."""
+
+    ffn_hidden_size: pydantic.PositiveInt | None = None
+    """Width inside; None: four times the decoder's."""
+    activation: Literal["squared_relu", "swiglu"] = "squared_relu"
+    """Flamingo: squared_relu; Idefics: swiglu, of the decoder's ffn_hidden_size."""
+
+    def width(self, hidden_size: int) -> int:
+        """Width inside, in a decoder of ``hidden_size``."""
+        return self.ffn_hidden_size or 4 * hidden_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +48,7 @@ class GatedBlockSpec:
     """Where norms and linear layers come from."""
     gate_init: float
     """Value of both gates of a fresh block, before their tanh."""
-    ffn_hidden_size: int
-    """Width inside the feed-forward layer."""
-    is_swiglu: bool
-    """Whether the feed-forward layer is SwiGLU; otherwise its activation is the squared ReLU."""
+    feed_forward: GatedFeedForwardConfig
 
     def build(self, config: TransformerConfig, **place: Any) -> TransformerLayer:
         """Make the block.
@@ -46,10 +58,11 @@ class GatedBlockSpec:
             place: the other arguments of a ``TransformerLayer``: its layer number and where it is in the layout.
         """
         block_config = copy.copy(config)
-        block_config.ffn_hidden_size = self.ffn_hidden_size
-        block_config.gated_linear_unit = self.is_swiglu
-        block_config.activation_func = F.silu if self.is_swiglu else squared_relu
-        block_config.bias_activation_fusion = config.bias_activation_fusion and self.is_swiglu  # there is no other
+        is_swiglu = self.feed_forward.activation == "swiglu"
+        block_config.ffn_hidden_size = self.feed_forward.width(config.hidden_size)
+        block_config.gated_linear_unit = is_swiglu
+        block_config.activation_func = F.silu if is_swiglu else squared_relu
+        block_config.bias_activation_fusion = config.bias_activation_fusion and is_swiglu  # there is no other
         mlp = MLPSubmodules(linear_fc1=self.backend.column_parallel_linear, linear_fc2=self.backend.row_parallel_linear)
         nothing_before = ModuleSpec(
             module=TransformerLayer,

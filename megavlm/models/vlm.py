@@ -126,7 +126,6 @@ class VLM(MegatronModule):
             config.fusion.extend(
                 decoder_layer_specs(config.language, transformer_config, layers, layers_of["experts"]),
                 layers_of["cross_attention"],
-                config.language.hidden_size,
             ),
             layers,
             vocab_size=model_vocab_size(config.language, vocab_size),

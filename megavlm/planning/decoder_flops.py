@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from megavlm.batch import Batch
 from megavlm.models.config import VLMConfig, model_vocab_size
 from megavlm.models.connectors import Products
-from megavlm.models.fusion.cross_attention import GatedFeedForwardConfig
+from megavlm.models.gated_block import GatedFeedForwardConfig
 from megavlm.models.language import LanguageConfig
 from megavlm.models.moe import MoEConfig
 from megavlm.planning.experts import expert_width

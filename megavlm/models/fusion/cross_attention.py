@@ -12,20 +12,7 @@ from megavlm.batch import TileRoute
 from megavlm.config import Config
 from megavlm.models.backend import Backend
 from megavlm.models.cross_attention import with_cross_attention
-from megavlm.models.gated_block import GatedBlockSpec, with_gated_block
-
-
-class GatedFeedForwardConfig(Config):
-    """The feed-forward layer behind a gated cross-attention. The defaults are Flamingo's; there are no biases."""
-
-    ffn_hidden_size: pydantic.PositiveInt | None = None
-    """Width inside; None: four times the decoder's."""
-    activation: Literal["squared_relu", "swiglu"] = "squared_relu"
-    """Flamingo: squared_relu; Idefics: swiglu, of the decoder's ffn_hidden_size."""
-
-    def width(self, hidden_size: int) -> int:
-        """Width inside, in a decoder of ``hidden_size``."""
-        return self.ffn_hidden_size or 4 * hidden_size
+from megavlm.models.gated_block import GatedBlockSpec, GatedFeedForwardConfig, with_gated_block
 
 
 class CrossAttentionConfig(Config):
@@ -82,21 +69,13 @@ class CrossAttentionConfig(Config):
                 f"tensor_model_parallel_size={tensor_model_parallel_size}. Choose a size that divides it."
             )
 
-    def extend(self, layers: list[ModuleSpec], backend: Backend, hidden_size: int) -> list[ModuleSpec]:
-        """Return the specs of the layers of a decoder of ``hidden_size``, the chosen ones with cross-attention."""
+    def extend(self, layers: list[ModuleSpec], backend: Backend) -> list[ModuleSpec]:
+        """Return the specs of the decoder's layers, the chosen ones with gated cross-attention."""
         chosen = self.cross_attention_layers(len(layers))
-        return [
-            self._extended(layer, backend, hidden_size) if number in chosen else layer
-            for number, layer in enumerate(layers)
-        ]
+        return [self._extended(layer, backend) if number in chosen else layer for number, layer in enumerate(layers)]
 
-    def _extended(self, layer: ModuleSpec, backend: Backend, hidden_size: int) -> ModuleSpec:
+    def _extended(self, layer: ModuleSpec, backend: Backend) -> ModuleSpec:
         if self.feed_forward is None:
             return with_cross_attention(layer, backend, gate_init=self.gate_init)
-        block = GatedBlockSpec(
-            backend=backend,
-            gate_init=self.gate_init,
-            ffn_hidden_size=self.feed_forward.width(hidden_size),
-            is_swiglu=self.feed_forward.activation == "swiglu",
-        )
+        block = GatedBlockSpec(backend, self.gate_init, self.feed_forward)
         return with_gated_block(layer, block)

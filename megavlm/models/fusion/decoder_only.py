@@ -26,6 +26,6 @@ class DecoderOnlyConfig(Config):
     def check_layout(self, hidden_size: int, tensor_model_parallel_size: int) -> None:
         """Check that what the fusion adds to the decoder can be split: it adds nothing."""
 
-    def extend(self, layers: list[ModuleSpec], backend: Backend, hidden_size: int) -> list[ModuleSpec]:
+    def extend(self, layers: list[ModuleSpec], backend: Backend) -> list[ModuleSpec]:
         """Return the specs of the decoder's layers: as they are."""
         return layers

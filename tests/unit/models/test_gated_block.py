@@ -25,7 +25,7 @@ from megavlm.engines import MegatronEngineConfig
 from megavlm.models.backend.torch import TORCH
 from megavlm.models.config import VLMConfig
 from megavlm.models.fusion.cross_attention import CrossAttentionConfig
-from megavlm.models.gated_block import GatedBlockSpec
+from megavlm.models.gated_block import GatedBlockSpec, GatedFeedForwardConfig
 from megavlm.recipe import Recipe
 from megavlm.runtime import process
 
@@ -91,7 +91,11 @@ def our_block(activation: str, **settings: Any) -> TransformerLayer:
         attention_dropout=0.0,
         hidden_dropout=0.0,
     )
-    spec = GatedBlockSpec(backend=TORCH, gate_init=0.0, ffn_hidden_size=INNER, is_swiglu=activation == "swiglu")
+    spec = GatedBlockSpec(
+        backend=TORCH,
+        gate_init=0.0,
+        feed_forward=GatedFeedForwardConfig.model_validate({"ffn_hidden_size": INNER, "activation": activation}),
+    )
     return spec.build(config, layer_number=1)
 
 

@@ -161,7 +161,7 @@ def _language(config: LanguageConfig, vocab_size: int) -> Tree:
         "model_type": "qwen2" if config.add_qkv_bias else "llama" if config.moe is None else "mixtral",
         "vocab_size": vocab_size,
         "num_key_value_heads": config.num_query_groups or config.num_attention_heads,
-        "head_dim": config.kv_channels or config.hidden_size // config.num_attention_heads,
+        "head_dim": config.head_channels,
         "hidden_act": "silu",
         "attention_dropout": config.attention_dropout,
         "initializer_range": config.init_method_std,

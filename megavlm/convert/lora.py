@@ -56,9 +56,7 @@ def peft_name(layer: int, projection: str, leaf: str) -> str:
 def lora_shapes(config: LanguageConfig) -> dict[tuple[int, str, str], tuple[int, int]]:
     """Return (layer, projection, leaf) -> full shape, of every A ``[R, I]`` and B ``[O, R]`` of a decoder."""
     assert config.lora is not None
-    channels = config.kv_channels or config.hidden_size // config.num_attention_heads
-    heads = config.num_attention_heads * channels
-    groups = (config.num_query_groups or config.num_attention_heads) * channels
+    heads, groups = config.query_width, config.key_width
     width, inner = config.hidden_size, config.ffn_hidden_size
     sizes = {
         "q_proj": (width, heads),

@@ -94,13 +94,10 @@ def _connector_sides(model: VLMConfig, tp: int) -> list[Side]:
 
 
 def _attention_sides(config: LanguageConfig, tp: int) -> list[Side]:
-    channels = config.kv_channels or config.hidden_size // config.num_attention_heads
-    queries = channels * config.num_attention_heads
-    keys_and_values = 2 * channels * (config.num_query_groups or config.num_attention_heads)
     return [
         Side("language", "model.language.hidden_size", config.hidden_size),
-        Side("language", "width of the queries of model.language", queries // tp),
-        Side("language", "width of the keys and values of model.language", keys_and_values // tp),
+        Side("language", "width of the queries of model.language", config.query_width // tp),
+        Side("language", "width of the keys and values of model.language", 2 * config.key_width // tp),
     ]
 
 

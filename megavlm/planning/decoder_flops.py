@@ -52,7 +52,7 @@ def count_decoder(
 def _count_self_attention(layer: Products, config: LanguageConfig, number: int, batch: Batch, states: bool) -> bool:
     num_rows, row_length = batch.tokens.shape
     num_vectors, width = num_rows * row_length, config.hidden_size
-    query_width, key_width = _head_widths(config)
+    query_width, key_width = config.query_width, config.key_width
     attention = layer.within("self_attention")
     normed = layer.norm("input_layernorm", states, bias=False)
     widths = {"q_proj": query_width, "k_proj": key_width, "v_proj": key_width}
@@ -68,7 +68,7 @@ def _count_self_attention(layer: Products, config: LanguageConfig, number: int, 
 def _count_cross_attention(layer: Products, config: LanguageConfig, batch: Batch, states: bool, context: bool) -> bool:
     num_rows, row_length = batch.tokens.shape
     num_vectors, num_read, width = num_rows * row_length, num_rows * batch.context_length, config.hidden_size
-    query_width, key_width = _head_widths(config)
+    query_width, key_width = config.query_width, config.key_width
     attention = layer.within("cross_attention")
     normed = layer.norm("pre_cross_attn_layernorm", states, bias=False)
     query = attention.linear("linear_q", num_vectors, width, query_width, normed, bias=False)
@@ -145,10 +145,3 @@ def _rows_of_experts(moe: MoEConfig, num_tokens: int) -> int:
     capacity = math.ceil(num_chosen / moe.num_moe_experts * moe.moe_expert_capacity_factor)
     room = capacity * moe.num_moe_experts
     return room if moe.moe_pad_expert_input_to_capacity else min(num_chosen, room)
-
-
-def _head_widths(config: LanguageConfig) -> tuple[int, int]:
-    """Channels of all query heads, and of all keys (values have as many)."""
-    channels = config.kv_channels or config.hidden_size // config.num_attention_heads
-    num_groups = config.num_query_groups or config.num_attention_heads
-    return channels * config.num_attention_heads, channels * num_groups

@@ -54,6 +54,21 @@ class LanguageConfig(Config):
     attention_dropout: pydantic.NonNegativeFloat = 0.0
     hidden_dropout: pydantic.NonNegativeFloat = 0.0
 
+    @property
+    def head_channels(self) -> int:
+        """Channels of a head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_width(self) -> int:
+        """Channels of all query heads."""
+        return self.num_attention_heads * self.head_channels
+
+    @property
+    def key_width(self) -> int:
+        """Channels of all key heads; values have as many."""
+        return (self.num_query_groups or self.num_attention_heads) * self.head_channels
+
     @pydantic.model_validator(mode="after")
     def _heads_fit(self) -> "LanguageConfig":
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
